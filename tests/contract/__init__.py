@@ -1,0 +1,1 @@
+"""Tests that hold the simulator and a real ComfyUI to the same protocol."""
