@@ -1,0 +1,74 @@
+"""When a prompt has ended, and what that makes of its job.
+
+The end signal is ``executing`` with ``node: null`` and our ``prompt_id`` (ComfyUI main.py sends it
+after the history record is in place). It is only a reason to look: the verdict is the record's, by
+the last entry of ``status.messages``; ``status_str`` can be another prompt's (ComfyUI execution.py).
+"""
+
+from __future__ import annotations
+
+from comfyd.core.model import End, Outcome, Reason, Record, Row, State
+
+
+def is_foreign(row: Row, record: Record) -> bool:
+    """Whether *record* carries our mark with another job or attempt: then it proves nothing."""
+    return record.ours is not None and record.ours != (row.job, row.attempt)
+
+
+def judge(row: Row, record: Record) -> Outcome:
+    """What *record* makes of the job, were it not being stopped."""
+    match record.end:
+        case End.SUCCESS:
+            return Outcome(state=State.DONE)
+        case End.INTERRUPTED:
+            return Outcome(
+                state=State.FAILED,
+                reason=Reason.INTERRUPTED,
+                message=(
+                    f"The prompt was interrupted on server {row.server} by someone else;"
+                    " submit the job again if that was not meant."
+                ),
+            )
+        case End.ERROR:
+            failure = record.failure
+            if failure is None:
+                return Outcome(
+                    state=State.FAILED,
+                    reason=Reason.EXECUTION_ERROR,
+                    message=f"Server {row.server} recorded an error without saying where; see its log.",
+                )
+            return Outcome(
+                state=State.FAILED,
+                reason=Reason.EXECUTION_ERROR,
+                message=(
+                    f"Node {failure.node} ({failure.node_type}) raised"
+                    f" {failure.exception_type}: {failure.message.strip()}"
+                ),
+                detail={
+                    "node": failure.node,
+                    "class_type": failure.node_type,
+                    "exception_type": failure.exception_type,
+                    "exception_message": failure.message,
+                },
+            )
+
+
+def judge_stopped(row: Row, record: Record, why: Outcome) -> Outcome:
+    """The same for a prompt we were stopping: a success that came first stands.
+
+    Except after partial acceptance: there a success is still short of outputs.
+    """
+    if record.end is End.SUCCESS and why.reason is not Reason.PARTIAL:
+        return judge(row, record)
+    return why
+
+
+def success_warnings(record: Record) -> tuple[str, ...]:
+    """What a person should know about a success that brought little."""
+    if record.files:
+        if all(ref.type == "temp" for ref in record.files):
+            return ("Only previews came out: no node of this workflow saves its result.",)
+        return ()
+    if record.ui:
+        return ()
+    return ("The prompt succeeded without any output: no node reported a file or a value.",)

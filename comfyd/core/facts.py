@@ -1,0 +1,301 @@
+"""Facts the core is told. Past tense, frozen, no behaviour.
+
+Three kinds: *answers* to one order carry its token, and one whose token is not current is dropped
+and counted; *hints* name a prompt and only ever make the core look; *news* is about a server, a
+person's wish, or time.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from comfyd.core.model import JobId, PromptId, Record, Row, ServerName, Staged
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Names one order: the job, the attempt it is about, and its sequence number."""
+
+    job: JobId
+    attempt: int
+    seq: int
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """POST /prompt answered 200. *node_errors* is not empty when some outputs were dropped."""
+
+    token: Token
+    number: float | None = None
+    node_errors: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """The server refused the prompt for good; *message* says why to a person."""
+
+    token: Token
+    message: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotSent:
+    """Provably nothing reached the server's queue (refused, or turned away before it)."""
+
+    token: Token
+    reason: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitUnknown:
+    """No usable answer to the POST: it may or may not be queued, now or later."""
+
+    token: Token
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsendable:
+    """The claimed file no longer gives a graph to send (damaged, or gone)."""
+
+    token: Token
+    message: str
+
+
+class Presence(enum.Enum):
+    """What /queue, then /history/{id} said about one prompt."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    FINISHED = "finished"
+    ABSENT = "absent"
+    UNKNOWN = "unknown"
+    REFUSED = "refused"  # the address refused the connection: its memory is gone, if that lasts
+    UNREADABLE = "unreadable"  # not in the queue, and its record is answered with nonsense or a 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """Answer to Probe and Stop. *record* is there exactly when *presence* is FINISHED."""
+
+    token: Token
+    presence: Presence
+    record: Record | None = None
+    reason: str = ""
+
+
+class FetchResult(enum.Enum):
+    FOUND = "found"
+    EMPTY = "empty"  # a well-formed answer without the record
+    ERROR = "error"  # no well-formed answer after all tries
+    UNREADABLE = "unreadable"  # an answer that names the record but does not decode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """Answer to Fetch: GET /history/{id} with its own retries."""
+
+    token: Token
+    result: FetchResult
+    record: Record | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """The result is complete in ``stage/``, fsynced."""
+
+    token: Token
+    staged: Staged
+
+
+class Uncollected(enum.Enum):
+    MISSING = "missing"  # a stable 404: the server no longer has an output it named
+    INVALID = "invalid"  # the bytes are not what the record promised
+    SERVER = "server"  # the server failed or could not be reached; worth another try
+    DISK = "disk"  # no space here; worth another try
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectFailed:
+    token: Token
+    cause: Uncollected
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """``done/<job>`` or ``failed/<job>`` is there, or a consumer already took it."""
+
+    token: Token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishConflict:
+    """Something that is not ours stands where the result should go."""
+
+    token: Token
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishDelayed:
+    """The rename could not be made now (no space); nothing is visible, nothing is lost."""
+
+    token: Token
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retired:
+    """The claimed file is gone."""
+
+    token: Token
+
+
+Answer = (
+    Accepted
+    | Rejected
+    | NotSent
+    | SubmitUnknown
+    | Unsendable
+    | Probed
+    | Fetched
+    | Collected
+    | CollectFailed
+    | Published
+    | PublishConflict
+    | PublishDelayed
+    | Retired
+)
+
+
+# --- hints (from the WebSocket) ------------------------------------------------------------------
+
+
+class Sign(enum.Enum):
+    """What a message said of a prompt, weakest first; a later, weaker one never hides a stronger."""
+
+    ALIVE = "alive"  # progress, executed, a node: the prompt is running
+    ENDING = "ending"  # execution_success, _error or _interrupted: about to be recorded
+    ENDED = "ended"  # executing with node null and this prompt_id: the end signal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hint:
+    """The strongest sign since the last one taken from the mailbox."""
+
+    server: ServerName
+    prompt_id: PromptId
+    sign: Sign
+
+
+# --- news ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """A dropped file was taken: *row* is its first row, queued, or collecting if it is invalid."""
+
+    row: Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Answer to Refill: the next due queued rows, best first, and when the next delayed one is due."""
+
+    rows: tuple[Row, ...]
+    next_due_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connected:
+    """The tracker's WebSocket is open and the server said hello; prompts may carry *client_id*."""
+
+    server: ServerName
+    client_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disconnected:
+    """The tracker's connection ended. *cause*: closed, ping_timeout, deaf or error."""
+
+    server: ServerName
+    cause: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StalledPublisher:
+    """Two deaf verdicts in a row: the server sends no events; work by polling (*stalled* True)."""
+
+    server: ServerName
+    stalled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueSeen:
+    """The server's own count of pending and running prompts, others' included."""
+
+    server: ServerName
+    remaining: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """A health probe's result. *refusal* is a sentence when this server must not be used."""
+
+    server: ServerName
+    ok: bool
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckAsked:
+    """A person asked for an audit of this job now."""
+
+    job: JobId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelAsked:
+    job: JobId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseAsked:
+    job: JobId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldAsked:
+    job: JobId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A deadline passed."""
+
+
+News = (
+    Claimed
+    | Candidates
+    | Connected
+    | Disconnected
+    | StalledPublisher
+    | QueueSeen
+    | Health
+    | CheckAsked
+    | CancelAsked
+    | ReleaseAsked
+    | HoldAsked
+    | Tick
+)
+Fact = Answer | Hint | News

@@ -1,0 +1,33 @@
+"""Notes: what happened, as values. Events for ``show``, metrics and log lines all derive from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from comfyd.core.model import JobId
+
+Kind = Literal[
+    "claimed",  # a job was taken in
+    "moved",  # state: its new state
+    "accepted",  # number
+    "signal",  # sign: a hint that changed something
+    "retry",  # operation, reason
+    "audit",  # verdict
+    "ended",  # source, missed: cause or None
+    "lost",  # cause, charged: bool
+    "finished",  # outcome, reason, durations
+    "dropped",  # reason: a fact that was ignored
+    "fetched",  # outputs, bytes
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Attributes: *story* says whether it belongs in the job's events (not only in metrics)."""
+
+    kind: Kind
+    job: JobId | None
+    server: str | None
+    data: dict[str, Any] = field(default_factory=dict)
+    story: bool = True
