@@ -1,0 +1,101 @@
+"""The journal's file: how it is made and opened, and what SQLite's errors mean to us."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+from typing import Literal
+
+from comfyd.errors import DiskFull, JournalError, JournalTooNew, SpoolBusy
+from comfyd.journal.schema import APPLICATION_ID, VERSION
+
+
+def connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
+    """Connect to a journal that this program understands; ``rw`` keeps everyone else out.
+
+    A new or unfinished file has no tables and passes, at schema version 0.
+
+    Raises:
+      JournalTooNew, SpoolBusy, DiskFull, JournalError: As for ``SqliteStore.open``.
+
+    """
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    try:
+        # Each call is a transaction of its own, or inside one that we began (isolation_level).
+        db = sqlite3.connect(uri, 0, isolation_level=None, check_same_thread=False, uri=True)
+        try:
+            db.execute("PRAGMA trusted_schema=OFF")
+            if mode == "rw":
+                db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            _understand(db, path)
+        except BaseException:
+            db.close()
+            raise
+    except sqlite3.Error as error:
+        raise translate(path, error) from error
+    return db
+
+
+def _understand(db: sqlite3.Connection, path: Path) -> None:
+    [(owner,)] = db.execute("PRAGMA application_id")
+    [(version,)] = db.execute("PRAGMA user_version")
+    [(tables,)] = db.execute("SELECT count(*) FROM sqlite_master")
+    if tables and owner != APPLICATION_ID:
+        msg = f"{path}: an SQLite database, but not a journal of comfyd"
+        raise JournalError(msg)
+    if version > VERSION:
+        msg = (
+            f"{path}: written by a newer comfyd (schema {version}, this one knows {VERSION});"
+            " nothing was changed. Run that version or a later one"
+        )
+        raise JournalTooNew(msg)
+
+
+def translate(path: Path, error: sqlite3.Error) -> DiskFull | SpoolBusy | JournalError:
+    """What *error* means to whoever must act."""
+    # The module's own errors, e.g. of a closed connection, have no code.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE)
+    match code & 0xFF:  # the rest tells the same error more precisely
+        case sqlite3.SQLITE_FULL:
+            return DiskFull(f"{path}: no space left to write the journal")
+        case sqlite3.SQLITE_BUSY:
+            return SpoolBusy(f"{path}: another program has the journal open; close it")
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+            return JournalError(damaged(path, str(error)))
+        case _:
+            name = getattr(error, "sqlite_errorname", type(error).__name__)
+            return JournalError(f"{path}: the journal cannot be used: {error} ({name})")
+
+
+def damaged(path: Path, finding: str) -> str:
+    """Say what is wrong with the file and what to do."""
+    return (
+        f"{path}: the journal is damaged ({finding}). Put a snapshot in its place, or move it and"
+        f" {path.name}-wal aside: claimed jobs are then taken up anew and results stay as they are"
+    )
+
+
+def create(path: Path) -> None:
+    """Make an empty file (0600) in its folder (0700), durably, unless they are there."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        pass
+    else:
+        _sync_folder(path.parent.parent)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(path, flags, 0o600)
+    except FileExistsError:
+        return
+    os.close(fd)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,163 @@
+"""The journal as plain dicts: the model every other store is compared with.
+
+Serves simulations and the exhaustive explorer, so a copy is cheap and crashes can be played.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from comfyd.core.facts import Candidates
+from comfyd.core.model import JobId, Row, State
+from comfyd.journal.store import (
+    FOUND_MAX,
+    Alias,
+    Batch,
+    Change,
+    Event,
+    Insert,
+    Update,
+    may_replace,
+    prompt_ids,
+)
+
+
+class MemoryStore:
+    """A Store without a disk. Deliberately simple: every question but ``get`` looks at all rows.
+
+    Attributes:
+      rows_by_job: The rows as they are; frozen values, to be compared, never changed here.
+
+    """
+
+    def __init__(self, *, clean: bool = True) -> None:
+        self.rows_by_job: dict[JobId, Row] = {}
+        self._names: dict[str, JobId] = {}
+        self._events: list[Event] = []
+        self._was_clean = clean
+        self._clean = False
+
+    def copy(self) -> MemoryStore:
+        """Another store with the same content; what is done to one does not show in the other."""
+        twin = MemoryStore(clean=self._was_clean)
+        twin.rows_by_job = self.rows_by_job.copy()
+        twin._names = self._names.copy()
+        twin._events = self._events.copy()
+        return twin
+
+    def reopened(self) -> MemoryStore:
+        """The store as the next owner finds it: after ``close``, or after a crash without it."""
+        successor = self.copy()
+        successor._was_clean = self._clean
+        return successor
+
+    def fingerprint(self) -> tuple[bytes, ...]:
+        """A hashable value that is equal exactly when all rows are equal."""
+        rows = self.rows_by_job.values()
+        return tuple(msgspec.json.encode(row, order="sorted") for row in _by_seq(rows))
+
+    def commit(self, batch: Batch) -> tuple[bool, ...]:
+        results = tuple(self._apply(change) for change in batch.changes)
+        self._events.extend(batch.events)
+        return results
+
+    def prune_events(self, before_s: float, *, limit: int = 1000) -> int:
+        kept = [event for event in self._events[:limit] if event.at >= before_s]
+        dropped = len(self._events[:limit]) - len(kept)
+        self._events[:limit] = kept
+        return dropped
+
+    def active(self) -> tuple[Row, ...]:
+        waiting = (State.QUEUED, State.HELD)
+        rows = self.rows_by_job.values()
+        return _by_seq(row for row in rows if row.state not in waiting and not row.retired)
+
+    def candidates(self, count: int, now_s: float) -> Candidates:
+        queued = [row for row in self.rows_by_job.values() if row.state is State.QUEUED]
+        due = [row for row in queued if row.not_before <= now_s]
+        due.sort(key=lambda row: (-row.priority, row.seq))
+        later = (row.not_before for row in queued if row.not_before > now_s)
+        return Candidates(rows=tuple(due[:count]), next_due_s=min(later, default=None))
+
+    def get(self, job: JobId) -> Row | None:
+        return self.rows_by_job.get(job)
+
+    def keyed(self, key: str) -> Row | None:
+        found = _by_seq(row for row in self.rows_by_job.values() if row.key == key)
+        return found[-1] if found else None
+
+    def find(self, text: str) -> tuple[Row, ...]:
+        if not text:
+            return ()
+        for job in (JobId(text), self._names.get(text)):
+            if job in self.rows_by_job:
+                return (self.rows_by_job[job],)
+        jobs = sorted(self.rows_by_job, reverse=True)
+        stems = [job for job in jobs if job.startswith(text + ".")]
+        beginnings = [job for job in jobs if job.startswith(text)]
+        return tuple(self.rows_by_job[job] for job in (stems or beginnings)[:FOUND_MAX])
+
+    def rows(
+        self, state: State | None = None, *, limit: int, after: int | None = None
+    ) -> tuple[Row, ...]:
+        page = [
+            row
+            for row in reversed(_by_seq(self.rows_by_job.values()))
+            if (state is None or row.state is state) and (after is None or row.seq < after)
+        ]
+        return tuple(page[:limit])
+
+    def events(self, job: JobId) -> tuple[Event, ...]:
+        return tuple(event for event in self._events if event.job == job)
+
+    def counts(self) -> dict[State, int]:
+        counts = dict.fromkeys(State, 0)
+        for row in self.rows_by_job.values():
+            counts[row.state] += 1
+        return counts
+
+    def oldest(self, state: State) -> float | None:
+        rows = _by_seq(row for row in self.rows_by_job.values() if row.state is state)
+        return rows[0].claimed_at if rows else None
+
+    def without_rows(self, jobs: Iterable[JobId]) -> set[JobId]:
+        return {job for job in jobs if job not in self.rows_by_job}
+
+    def last_seq(self) -> int:
+        return max((row.seq for row in self.rows_by_job.values()), default=0)
+
+    def opened_cleanly(self) -> bool:
+        return self._was_clean
+
+    def close(self, *, clean: bool = True) -> None:
+        self._clean = clean
+
+    def _apply(self, change: Change) -> bool:
+        match change:
+            case Insert(row=row):
+                seqs = {known.seq for known in self.rows_by_job.values()}
+                applied = row.job not in self.rows_by_job and row.seq not in seqs
+            case Update(row=row, expected=expected):
+                old = self.rows_by_job.get(row.job)
+                applied = (
+                    old is not None
+                    and (old.seq, old.version) == (row.seq, expected)
+                    and may_replace(old, row)
+                )
+            case Alias(name=name, job=job):
+                known = name in self.rows_by_job or name in self._names
+                applied = job in self.rows_by_job and not known
+                if applied:
+                    self._names[name] = job
+                return applied
+        if applied:
+            self.rows_by_job[row.job] = row
+            for prompt_id in prompt_ids(row):
+                self._names.setdefault(prompt_id, row.job)
+        return applied
+
+
+def _by_seq(rows: Iterable[Row]) -> tuple[Row, ...]:
+    return tuple(sorted(rows, key=lambda row: row.seq))

@@ -1,0 +1,117 @@
+"""The journal in SQL: its tables, how an older journal becomes today's, and every statement.
+
+A row is its ``data``: the whole Row as JSON, in which fields at their default are left out, so that
+rows written before a field existed still read. The other columns repeat what is searched for.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# "comf": how file(1) and we tell a journal from any other SQLite database.
+APPLICATION_ID: Final = 0x636F6D66
+
+_VERSION_1: Final = (
+    # seq is the rowid, so every index holds it too and arrivals are appended.
+    """
+    CREATE TABLE jobs (
+      seq        INTEGER PRIMARY KEY,
+      job        TEXT    NOT NULL UNIQUE,
+      state      TEXT    NOT NULL,
+      version    INTEGER NOT NULL,
+      priority   INTEGER NOT NULL,
+      not_before REAL    NOT NULL,
+      claimed_at REAL    NOT NULL,
+      retired    INTEGER NOT NULL,
+      key        TEXT,
+      server     TEXT,
+      prompt_id  TEXT,
+      data       BLOB    NOT NULL
+    )
+    """,
+    # The look-ahead: walked in order until enough are found. not_before is in it so that those not
+    # yet due, at most as many as were tried lately, are passed over without reading their rows.
+    "CREATE INDEX queue ON jobs (priority DESC, seq, not_before) WHERE state = 'queued'",
+    "CREATE INDEX due ON jobs (not_before) WHERE state = 'queued' AND not_before > 0",
+    "CREATE INDEX active ON jobs (seq) WHERE retired = 0 AND state NOT IN ('queued', 'held')",
+    "CREATE INDEX by_state ON jobs (state)",
+    "CREATE INDEX by_key ON jobs (key) WHERE key IS NOT NULL",
+    # Prompt ids of all attempts, and aliases.
+    """
+    CREATE TABLE names (
+      name TEXT NOT NULL PRIMARY KEY,
+      job  TEXT NOT NULL REFERENCES jobs (job)
+    ) WITHOUT ROWID
+    """,
+    # No reference to jobs: a story may be told of a drop that never became a row.
+    """
+    CREATE TABLE events (
+      id   INTEGER PRIMARY KEY,
+      job  TEXT NOT NULL,
+      at   REAL NOT NULL,
+      kind TEXT NOT NULL,
+      data BLOB NOT NULL
+    )
+    """,
+    "CREATE INDEX story ON events (job)",
+    "CREATE TABLE counts (state TEXT NOT NULL PRIMARY KEY, jobs INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE owner (closed INTEGER NOT NULL)",
+    "INSERT INTO owner VALUES (1)",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+)
+
+# Entry n turns version n into n + 1. Entries are never changed once released, only added.
+MIGRATIONS: Final = (_VERSION_1,)
+VERSION: Final = len(MIGRATIONS)
+
+# --- changes --------------------------------------------------------------------------------------
+
+INSERT: Final = """
+  INSERT OR IGNORE INTO jobs (state, version, priority, not_before, claimed_at, retired, key,
+                              server, prompt_id, data, seq, job)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+UPDATE: Final = """
+  UPDATE jobs SET state = ?, version = ?, priority = ?, not_before = ?, claimed_at = ?,
+                  retired = ?, key = ?, server = ?, prompt_id = ?, data = ?
+  WHERE seq = ? AND job = ?
+"""
+ALIAS: Final = """
+  INSERT OR IGNORE INTO names SELECT :name, job FROM jobs
+  WHERE job = :job AND NOT EXISTS (SELECT 1 FROM jobs WHERE job = :name)
+"""
+NAME: Final = "INSERT OR IGNORE INTO names VALUES (?, ?)"
+INSERT_EVENT: Final = "INSERT INTO events (job, at, kind, data) VALUES (?, ?, ?, ?)"
+COUNT: Final = """
+  INSERT INTO counts VALUES (?, ?) ON CONFLICT (state) DO UPDATE SET jobs = jobs + excluded.jobs
+"""
+PRUNE: Final = """
+  DELETE FROM events WHERE at < ? AND id IN (SELECT id FROM events ORDER BY id LIMIT ?)
+"""
+
+# --- questions: each is answered from an index, in its order, without a scan or a sort ------------
+
+CANDIDATES: Final = """
+  SELECT data FROM jobs INDEXED BY queue WHERE state = 'queued' AND not_before <= ?
+  ORDER BY priority DESC, seq LIMIT ?
+"""
+NEXT_DUE: Final = """
+  SELECT not_before FROM jobs INDEXED BY due
+  WHERE state = 'queued' AND not_before > 0 AND not_before > ? ORDER BY not_before LIMIT 1
+"""
+ACTIVE: Final = """
+  SELECT data FROM jobs INDEXED BY active
+  WHERE retired = 0 AND state NOT IN ('queued', 'held') ORDER BY seq
+"""
+COUNTS: Final = "SELECT state, jobs FROM counts"
+OLDEST: Final = "SELECT claimed_at FROM jobs WHERE state = ? ORDER BY seq LIMIT 1"
+PAGE: Final = "SELECT data FROM jobs WHERE seq < ? ORDER BY seq DESC LIMIT ?"
+PAGE_OF_STATE: Final = "SELECT data FROM jobs WHERE state = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
+KEYED: Final = "SELECT data FROM jobs WHERE key = ? ORDER BY seq DESC LIMIT 1"
+NAMED: Final = "SELECT data FROM jobs WHERE job = (SELECT job FROM names WHERE name = ?)"
+BEGINNING: Final = "SELECT data FROM jobs WHERE job BETWEEN ? AND ? ORDER BY job DESC LIMIT ?"
+EVENTS: Final = "SELECT at, kind, data FROM events WHERE job = ? ORDER BY id"
+GET: Final = "SELECT data FROM jobs WHERE job = ?"
+AT_VERSION: Final = "SELECT data FROM jobs WHERE job = ? AND seq = ? AND version = ?"
+KNOWN: Final = "SELECT 1 FROM jobs WHERE job = ?"
+LAST_SEQ: Final = "SELECT coalesce(max(seq), 0) FROM jobs"

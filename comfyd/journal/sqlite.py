@@ -1,0 +1,301 @@
+"""The journal as one SQLite file: WAL, synchronous=FULL, one connection, held exclusively.
+
+EXCLUSIVE before the first use of the WAL keeps its index in memory, not in a mapped ``-shm`` file
+that a full disk can fault, and allows no second connection, without which the WAL-reset corruption
+of SQLite before 3.51.3 cannot happen (sqlite.org/wal.html). So a shell that looks while the daemon lives is told
+"database is locked"; the command line takes ``state/lock`` shared and uses ``open_readonly``.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, Self
+
+import msgspec
+
+from comfyd.core.facts import Candidates
+from comfyd.core.model import JobId, Row, State
+from comfyd.errors import DiskFull, JournalError
+from comfyd.journal import schema
+from comfyd.journal.file import connect, create, damaged, translate
+from comfyd.journal.store import (
+    FOUND_MAX,
+    Alias,
+    Batch,
+    Change,
+    Event,
+    Insert,
+    Reads,
+    Update,
+    may_replace,
+    prompt_ids,
+)
+
+_SEQ_MAX: Final = 2**63 - 1
+# Job and prompt ids are ASCII without control characters: this ends the range of a beginning.
+_AFTER_ALL: Final = "\x7f"
+
+
+class SqliteStore:
+    """A Store in one file. Made by ``open`` or ``open_readonly`` only.
+
+    May be used from any thread, by one at a time.
+    """
+
+    def __init__(self, db: sqlite3.Connection, path: Path, *, writable: bool) -> None:
+        self._db = db
+        self._path = path
+        self._writable = writable
+        self._broken = ""
+        self._encode = msgspec.json.Encoder().encode
+        self._decode = msgspec.json.Decoder(Row).decode
+        self._was_clean = True
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open the journal to own it; create it, and its folder, when missing.
+
+        Reads the whole file once, to check it. The folder's lock must be held.
+
+        Raises:
+          JournalTooNew: A newer comfyd wrote it; neither the file nor its WAL was changed.
+          SpoolBusy: Another program, e.g. an SQLite shell, has it open.
+          DiskFull: There is no space even to open it.
+          JournalError: It is damaged, not a journal, or the disk fails.
+          OSError: The folder or the file cannot be created.
+
+        """
+        create(path)
+        connect(path, "ro").close()  # refuses a newer one before anything can change it
+        store = cls(connect(path, "rw"), path, writable=True)
+        try:
+            store._take_over()
+        except BaseException:
+            store.close(clean=False)
+            raise
+        return store
+
+    def _take_over(self) -> None:
+        with self._translated():
+            [(mode,)] = self._db.execute("PRAGMA journal_mode=WAL")
+            if mode != "wal":
+                msg = f"{self._path}: this file system does not allow a write-ahead log"
+                raise JournalError(msg)
+            for pragma in ("synchronous=FULL", "foreign_keys=ON", "cell_size_check=ON"):
+                self._db.execute(f"PRAGMA {pragma}")
+            [(finding,)] = self._db.execute("PRAGMA quick_check(1)")
+            if finding != "ok":
+                raise JournalError(damaged(self._path, finding))
+            [(version,)] = self._db.execute("PRAGMA user_version")
+        with self._transaction():
+            for statement in chain.from_iterable(schema.MIGRATIONS[version:]):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version={schema.VERSION}")
+            self._was_clean = self._closed()
+            self._db.execute("UPDATE owner SET closed = 0")
+
+    def _look_at(self) -> None:
+        [(version,)] = self._fetch("PRAGMA user_version")
+        if version < schema.VERSION:
+            msg = f"{self._path}: not yet used by this version of comfyd: start the daemon once"
+            raise JournalError(msg)
+        self._was_clean = self._closed()
+
+    def _closed(self) -> bool:
+        return bool(self._fetch("SELECT closed FROM owner")[0][0])
+
+    def commit(self, batch: Batch) -> tuple[bool, ...]:
+        moved: Counter[State] = Counter()
+        with self._transaction():
+            results = tuple(self._apply(change, moved) for change in batch.changes)
+            self._db.executemany(
+                schema.INSERT_EVENT,
+                ((each.job, each.at, each.kind, self._encode(each.data)) for each in batch.events),
+            )
+            self._db.executemany(
+                schema.COUNT, ((state.value, by) for state, by in moved.items() if by)
+            )
+        return results
+
+    def prune_events(self, before_s: float, *, limit: int = 1000) -> int:
+        with self._transaction():
+            return self._db.execute(schema.PRUNE, (before_s, limit)).rowcount
+
+    def active(self) -> tuple[Row, ...]:
+        return self._rows(schema.ACTIVE)
+
+    def candidates(self, count: int, now_s: float) -> Candidates:
+        later = self._fetch(schema.NEXT_DUE, now_s)
+        return Candidates(
+            rows=self._rows(schema.CANDIDATES, now_s, count),
+            next_due_s=later[0][0] if later else None,
+        )
+
+    def get(self, job: JobId) -> Row | None:
+        return self._row(schema.GET, job)
+
+    def keyed(self, key: str) -> Row | None:
+        return self._row(schema.KEYED, key)
+
+    def find(self, text: str) -> tuple[Row, ...]:
+        if not text or not text.isascii():
+            return ()
+        row = self.get(JobId(text)) or self._row(schema.NAMED, text)
+        if row is not None:
+            return (row,)
+        stem = text + "."
+        return self._rows(schema.BEGINNING, stem, stem + _AFTER_ALL, FOUND_MAX) or self._rows(
+            schema.BEGINNING, text, text + _AFTER_ALL, FOUND_MAX
+        )
+
+    def rows(
+        self, state: State | None = None, *, limit: int, after: int | None = None
+    ) -> tuple[Row, ...]:
+        before = _SEQ_MAX if after is None else after
+        if state is None:
+            return self._rows(schema.PAGE, before, limit)
+        return self._rows(schema.PAGE_OF_STATE, state.value, before, limit)
+
+    def events(self, job: JobId) -> tuple[Event, ...]:
+        return tuple(
+            Event(job=job, at=at, kind=kind, data=msgspec.json.decode(data))
+            for at, kind, data in self._fetch(schema.EVENTS, job)
+        )
+
+    def counts(self) -> dict[State, int]:
+        counted = {State(state): jobs for state, jobs in self._fetch(schema.COUNTS)}
+        return {state: counted.get(state, 0) for state in State}
+
+    def oldest(self, state: State) -> float | None:
+        found = self._fetch(schema.OLDEST, state.value)
+        return found[0][0] if found else None
+
+    def without_rows(self, jobs: Iterable[JobId]) -> set[JobId]:
+        return {job for job in jobs if not self._fetch(schema.KNOWN, job)}
+
+    def last_seq(self) -> int:
+        return int(self._fetch(schema.LAST_SEQ)[0][0])
+
+    def opened_cleanly(self) -> bool:
+        return self._was_clean
+
+    def close(self, *, clean: bool = True) -> None:
+        try:
+            if clean and self._writable and not self._broken:
+                with self._transaction():
+                    self._db.execute("UPDATE owner SET closed = 1")
+        finally:
+            self._db.close()
+
+    def _apply(self, change: Change, moved: Counter[State]) -> bool:
+        match change:
+            case Insert(row=row):
+                if not self._db.execute(schema.INSERT, self._columns(row)).rowcount:
+                    return False
+                moved[row.state] += 1
+                named = prompt_ids(row)
+            case Update(row=row, expected=expected):
+                old = self._replaceable(row, expected)
+                if old is None:
+                    return False
+                self._db.execute(schema.UPDATE, self._columns(row))
+                moved[old.state] -= 1
+                moved[row.state] += 1
+                named = prompt_ids(row) - prompt_ids(old)
+            case Alias(name=name, job=job):
+                return bool(self._db.execute(schema.ALIAS, {"name": name, "job": job}).rowcount)
+        for prompt_id in named:
+            self._db.execute(schema.NAME, (prompt_id, row.job))
+        return True
+
+    def _replaceable(self, row: Row, expected: int) -> Row | None:
+        """The row that *row* may replace, or None."""
+        old = self._row(schema.AT_VERSION, row.job, row.seq, expected)
+        return old if old is not None and may_replace(old, row) else None
+
+    def _columns(self, row: Row) -> tuple[Any, ...]:
+        return (
+            row.state.value,
+            row.version,
+            row.priority,
+            row.not_before,
+            row.claimed_at,
+            row.retired,
+            row.key,
+            row.server,
+            row.prompt_id,
+            self._encode(row),
+            row.seq,
+            row.job,
+        )
+
+    def _rows(self, query: str, *values: object) -> tuple[Row, ...]:
+        found = self._fetch(query, *values)
+        try:
+            return tuple(self._decode(data) for (data,) in found)
+        except msgspec.DecodeError as error:
+            self._broken = damaged(self._path, str(error))
+            raise JournalError(self._broken) from error
+
+    def _row(self, query: str, *values: object) -> Row | None:
+        rows = self._rows(query, *values)
+        return rows[0] if rows else None
+
+    def _fetch(self, query: str, *values: object) -> list[Any]:
+        with self._translated():
+            return self._db.execute(query, values).fetchall()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Raise what SQLite reports as ours; nothing is trusted after a JournalError."""
+        if self._broken:
+            raise JournalError(self._broken)
+        try:
+            yield
+        except sqlite3.Error as error:
+            ours = translate(self._path, error)
+            if not isinstance(ours, DiskFull):
+                self._broken = str(ours)
+            raise ours from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, durable at the end.
+
+        SQLITE_FULL means that a page did not fit, be it when a statement allocated it or when
+        COMMIT appended it to the WAL: the commit frame, which is last, is incomplete, and the next
+        transaction overwrites it. Were it complete by accident, a crash right now would look like
+        one right after COMMIT, and nobody has acted on either. So it is a refusal. Every other
+        failure, above all that of an fsync, leaves unknown what is on disk.
+        """
+        with self._translated():
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+
+def open_readonly(path: Path) -> Reads:
+    """Open the journal to read it while no daemon runs; the folder's lock must be held shared.
+
+    Raises:
+      JournalTooNew, SpoolBusy: As for ``SqliteStore.open``.
+      JournalError: As there; also when there is no journal yet, or an older one: a daemon of this
+        version must have run once.
+
+    """
+    store = SqliteStore(connect(path, "ro"), path, writable=False)
+    try:
+        store._look_at()
+    except BaseException:
+        store.close()
+        raise
+    return store

@@ -1,0 +1,211 @@
+"""What a journal is: the values that change it and the calls every store answers alike.
+
+A store is the only authority for a job's state. It is synchronous and has one owner;
+``comfyd.journal.thread`` gives it an async face. The conformance suite in ``tests/journal`` holds
+every store to the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from comfyd.core.facts import Candidates
+from comfyd.core.model import JobId, Row, State, Value
+
+# Enough for a person to pick the right one; a longer answer would only be cut by the terminal.
+FOUND_MAX: Final = 20
+
+
+class Event(Value):
+    """One line of a job's story, for people; nothing is ever decided by it.
+
+    Attributes:
+      at: Seconds since the epoch, UTC.
+      kind: A short name, e.g. ``submitted``.
+      data: JSON values.
+
+    """
+
+    job: JobId
+    at: float
+    kind: str
+    data: dict[str, Any] = {}
+
+
+class Insert(Value):
+    """Add a row. Not applied if its job id, or its ``seq``, is known already."""
+
+    row: Row
+
+
+class Update(Value):
+    """Replace the row whose job and seq are the same, if its version is still *expected*.
+
+    Not applied either if the row there is final and differs in more than ``retired``.
+
+    Args:
+      row: The whole new row; its version is ``expected + 1``.
+      expected: The version this change was decided on.
+
+    Raises:
+      ValueError: The row's version does not follow *expected*.
+
+    """
+
+    row: Row
+    expected: int
+
+    def __post_init__(self) -> None:
+        if self.row.version != self.expected + 1:
+            msg = f"{self.row.job}: version {self.row.version} does not follow {self.expected}"
+            raise ValueError(msg)
+
+
+class Alias(Value):
+    """Make *name* another way to find *job*: the id of a drop absorbed by its idempotency key.
+
+    Not applied if *name* is known already, or *job* is not.
+    """
+
+    name: JobId
+    job: JobId
+
+
+Change = Insert | Update | Alias
+
+
+class Batch(Value):
+    """Changes and events that are written together or not at all.
+
+    Changes are tried in order and each sees those before it. The events are written whether or not
+    every change applies.
+    """
+
+    changes: tuple[Change, ...] = ()
+    events: tuple[Event, ...] = ()
+
+
+class Reads(Protocol):
+    """What can be asked of a journal, by its owner or, when no daemon runs, by anyone.
+
+    Every call may raise JournalError: the file is damaged or the disk fails.
+    """
+
+    def active(self) -> tuple[Row, ...]:
+        """Every row that waits for something of ours, by seq: not queued, not held, not retired."""
+        ...
+
+    def candidates(self, count: int, now_s: float) -> Candidates:
+        """The next *count* queued rows due at *now_s* (UTC), and when the one after will be due.
+
+        Highest priority first, then by seq.
+        """
+        ...
+
+    def get(self, job: JobId) -> Row | None:
+        """The row of exactly this job, if there is one. Aliases are not followed."""
+        ...
+
+    def keyed(self, key: str) -> Row | None:
+        """The newest row with this idempotency key: a retry takes its key over."""
+        ...
+
+    def find(self, text: str) -> tuple[Row, ...]:
+        """The rows that *text*, typed by a person, may mean; at most FOUND_MAX.
+
+        The first that gives any: a job id; an alias or the prompt id of a current or past attempt;
+        a whole stem; the beginning of a job id. Of several, the last in job id order come first:
+        for one stem these are the newest.
+        """
+        ...
+
+    def rows(
+        self, state: State | None = None, *, limit: int, after: int | None = None
+    ) -> tuple[Row, ...]:
+        """One page of rows, newest first.
+
+        Args:
+          state: Only rows in this state.
+          limit: At most so many, from 1.
+          after: The seq of the last row of the page before.
+
+        """
+        ...
+
+    def events(self, job: JobId) -> tuple[Event, ...]:
+        """The job's story in the order it was written."""
+        ...
+
+    def counts(self) -> dict[State, int]:
+        """How many rows are in each state, zeros included."""
+        ...
+
+    def oldest(self, state: State) -> float | None:
+        """``claimed_at`` of the first that arrived of those now in *state*."""
+        ...
+
+    def without_rows(self, jobs: Iterable[JobId]) -> set[JobId]:
+        """Those of *jobs* that have no row. Microseconds each: ask for some thousands at a time."""
+        ...
+
+    def last_seq(self) -> int:
+        """The highest seq ever given, 0 before the first."""
+        ...
+
+    def opened_cleanly(self) -> bool:
+        """Whether the owner before this one closed the journal; True for a new one."""
+        ...
+
+    def close(self, *, clean: bool = True) -> None:
+        """End the use of the journal. Nothing may be called afterwards.
+
+        Args:
+          clean: Whether the next owner shall see an orderly end; False after a bug.
+
+        """
+        ...
+
+
+class Store(Reads, Protocol):
+    """A journal in the hands of its one owner."""
+
+    def commit(self, batch: Batch) -> tuple[bool, ...]:
+        """Write *batch* in one transaction, durable on return.
+
+        Returns:
+          Whether each change was applied, in order. One that was not has changed nothing.
+
+        Raises:
+          DiskFull: There was no space; nothing was written and the store is as before.
+          JournalError: What is on disk is unknown; every further call raises it too.
+
+        """
+        ...
+
+    def prune_events(self, before_s: float, *, limit: int = 1000) -> int:
+        """Forget events older than *before_s* (UTC), looking at the first *limit* ever written.
+
+        Returns:
+          How many were forgotten; fewer than *limit* means that it is done for now.
+
+        Raises:
+          DiskFull, JournalError: As for commit.
+
+        """
+        ...
+
+
+def may_replace(old: Row, new: Row) -> bool:
+    """Whether *new* may follow *old*: a final row never changes, except that it is retired."""
+    if not old.state.final:
+        return True
+    return msgspec.structs.replace(old, retired=new.retired, version=new.version) == new
+
+
+def prompt_ids(row: Row) -> frozenset[str]:
+    """Every prompt id that *row* itself knows of: the current one and those abandoned."""
+    current = frozenset() if row.prompt_id is None else frozenset({row.prompt_id})
+    return current | {prompt_id for _, _, prompt_id in row.abandoned}
