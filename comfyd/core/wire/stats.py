@@ -16,7 +16,7 @@ MIN_VERSION: Final = (0, 3, 57)
 
 MAX_DEVICES = 64
 
-_VERSION = re.compile(r"v?(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?(?![\d.])", re.ASCII)
+_VERSION = re.compile(r"v?(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?(?!\d)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """JSON as ComfyUI really sends it: strict where possible, repaired where not.
 
-Python's ``json`` writes bare ``NaN`` and ``Infinity``, lone surrogates and integers of any size, and
-ComfyUI lets custom nodes put all of these into messages and records. msgspec is right to refuse
-them; ``repair`` turns such a document into one it accepts.
+Python's ``json`` writes bare ``NaN`` and ``Infinity``, lone surrogates and integers of any size;
+custom nodes put all of these into messages and records. msgspec is right to refuse them; ``repair``
+turns such a document into one it accepts.
 """
 
 from __future__ import annotations
