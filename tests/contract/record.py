@@ -38,7 +38,7 @@ async def record(url: str, folder: Path) -> None:
         }
         text = json.dumps(document, indent=1) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
-        print(f"{name}: {len(steps)} steps, {len(text)} bytes", file=sys.stderr)  # noqa: T201
+        print(f"{name}: {len(steps)} steps, {len(text)} bytes", file=sys.stderr)
 
 
 if __name__ == "__main__":

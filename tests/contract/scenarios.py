@@ -54,14 +54,15 @@ async def failing(session: Session) -> None:
 
 async def refused(session: Session) -> None:
     """Every way in which a prompt is turned away at once."""
-    for graph in (
+    refused_graphs: list[graphs.Graph] = [
         graphs.out_of_range(session.prefix),
         graphs.unknown_class(),
         graphs.missing_input(),
         graphs.no_outputs(),
         {"1": {"inputs": {}}},
         {},
-    ):
+    ]
+    for graph in refused_graphs:
         body = {"prompt": graph, "prompt_id": session.new_prompt_id()}
         await session.http("POST", "/prompt", json=body)
     await session.http("POST", "/prompt", json={"client_id": session.new_client_id()})
