@@ -2,8 +2,8 @@
 
 EXCLUSIVE before the first use of the WAL keeps its index in memory, not in a mapped ``-shm`` file
 that a full disk can fault, and allows no second connection, without which the WAL-reset corruption
-of SQLite before 3.51.3 cannot happen (sqlite.org/wal.html). So a shell that looks while the daemon lives is told
-"database is locked"; the command line takes ``state/lock`` shared and uses ``open_readonly``.
+of SQLite before 3.51.3 cannot happen (sqlite.org/wal.html). A shell that looks while the daemon
+lives is told "database is locked".
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from comfyd.core.model import JobId, Row, State, Value
 FOUND_MAX: Final = 20
 
 
-class Event(Value):
+class Event(Value, frozen=True):
     """One line of a job's story, for people; nothing is ever decided by it.
 
     Attributes:
@@ -35,13 +35,13 @@ class Event(Value):
     data: dict[str, Any] = {}
 
 
-class Insert(Value):
+class Insert(Value, frozen=True):
     """Add a row. Not applied if its job id, or its ``seq``, is known already."""
 
     row: Row
 
 
-class Update(Value):
+class Update(Value, frozen=True):
     """Replace the row whose job and seq are the same, if its version is still *expected*.
 
     Not applied either if the row there is final and differs in more than ``retired``.
@@ -64,7 +64,7 @@ class Update(Value):
             raise ValueError(msg)
 
 
-class Alias(Value):
+class Alias(Value, frozen=True):
     """Make *name* another way to find *job*: the id of a drop absorbed by its idempotency key.
 
     Not applied if *name* is known already, or *job* is not.
@@ -77,7 +77,7 @@ class Alias(Value):
 Change = Insert | Update | Alias
 
 
-class Batch(Value):
+class Batch(Value, frozen=True):
     """Changes and events that are written together or not at all.
 
     Changes are tried in order and each sees those before it. The events are written whether or not
