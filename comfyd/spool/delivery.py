@@ -1,0 +1,287 @@
+"""Results: put together in ``stage/``, shown by one rename into ``done/`` or ``failed/``.
+
+Blocking throughout; call it in a worker thread. Every step may be repeated after a crash at any
+point: a result appears whole, once, and what was submitted is never lost on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Container
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from comfyd.core.model import JobId, Row, Staged
+from comfyd.spool.layout import (
+    Spool,
+    extension_of,
+    fsync_dir,
+    full_disk_told,
+    open_dir,
+    share,
+    write_durably,
+)
+from comfyd.spool.media import HEAD_BYTES, local_name, looks_wrong
+from comfyd.spool.rename import rename_folder
+
+__all__ = [
+    "HEAD_BYTES",
+    "PublishResult",
+    "Stage",
+    "local_name",
+    "looks_wrong",
+    "publish",
+    "reap",
+    "retire",
+]
+
+FILE_MODE: Final = 0o640
+FOLDER_MODE: Final = 0o2750
+MANIFESTS: Final = {"done": "result.json", "failed": "error.json"}
+
+# What was dropped but is no readable file lies in the result under this name, moved as it was.
+PAYLOAD: Final = "payload"
+
+
+class Stage:
+    """One job's result while it is being put together: ``stage/<job>/``, 0700 until finished.
+
+    The order is begin, then files and payload in any order, then finish.
+    """
+
+    def __init__(self, spool: Spool, job: JobId) -> None:
+        self.path = spool.stage / job
+        self._spool = spool
+        self._outputs = 0
+        self._bytes = 0
+
+    @classmethod
+    def begin(cls, spool: Spool, job: JobId) -> Stage:
+        """Start afresh: whatever an earlier try left is wiped, but for a payload moved here.
+
+        Raises:
+          DiskFull: Try again when there is space.
+
+        """
+        stage = cls(spool, job)
+        with full_disk_told():
+            with contextlib.suppress(FileExistsError):
+                stage.path.mkdir(0o700)
+            share(stage.path, spool.done)
+        for name in os.listdir(stage.path):
+            if name != PAYLOAD:
+                _wipe(stage.path / name)
+        return stage
+
+    def part_path(self, name: str) -> Path:
+        """Where to write the output *name* until it is sealed."""
+        if not name or "/" in name or name.startswith(".") or name == PAYLOAD:
+            raise ValueError(f"no name for an output: {name!r}")
+        return self.path / f"{name}.part"
+
+    def seal(self, name: str) -> int:
+        """The output *name* is complete: make it durable and give it its name.
+
+        Returns:
+          Its size in bytes.
+
+        Raises:
+          DiskFull: Space ran out while its bytes were being written back.
+
+        """
+        part = self.part_path(name)
+        with full_disk_told():
+            fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fchmod(fd, FILE_MODE)
+                os.fsync(fd)
+                size_bytes = os.fstat(fd).st_size
+            finally:
+                os.close(fd)
+        part.rename(self.path / name)
+        self._outputs += 1
+        self._bytes += size_bytes
+        return size_bytes
+
+    def add_payload(self, row: Row) -> str:
+        """Add what was submitted: a copy of the claimed file, or the thing itself if it is no file.
+
+        Returns:
+          A warning for the manifest if it is not there, or not as it was claimed; else "".
+
+        Raises:
+          DiskFull: Try again when there is space.
+
+        """
+        source = self._spool.claimed / row.payload
+        if not row.sha256:
+            return self._move_payload(source)
+        try:
+            fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return "what was submitted was removed from claimed/ by someone else"
+        with open(fd, "rb") as file:
+            data = file.read()
+        name = f"job{extension_of(row.payload)}"
+        write_durably(self.path / name, data, aside=self.path / f"{name}.part", mode=FILE_MODE)
+        if hashlib.sha256(data).hexdigest() != row.sha256:
+            return "what was submitted was changed in claimed/ by someone else"
+        return ""
+
+    def _move_payload(self, source: Path) -> str:
+        target = self.path / PAYLOAD
+        if os.path.lexists(target):
+            return ""  # moved before a crash
+        try:
+            with full_disk_told():
+                source.rename(target)
+        except FileNotFoundError:
+            return "what was submitted was removed from claimed/ by someone else"
+        except PermissionError as error:  # a folder that its owner made read-only for us
+            return f"what was submitted stays in claimed/: {error.strerror}"
+        fsync_dir(self.path)
+        fsync_dir(source.parent)
+        return ""
+
+    def finish(self, manifest_name: str, document: dict[str, Any]) -> Staged:
+        """Write the manifest; from here on the stage is complete and durable.
+
+        Args:
+          manifest_name: ``result.json`` or ``error.json``.
+          document: JSON values; no NaN.
+
+        Raises:
+          DiskFull: Try again when there is space.
+
+        """
+        # Half a surrogate pair from a server's text becomes the JSON escape of itself.
+        data = (json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2) + "\n").encode(
+            "utf-8", "backslashreplace"
+        )
+        manifest = self.path / manifest_name
+        write_durably(manifest, data, aside=self.part_path(manifest_name), mode=FILE_MODE)
+        with full_disk_told():
+            self.path.chmod(FOLDER_MODE)
+            fsync_dir(self.path)
+            fsync_dir(self._spool.stage)
+        return Staged(
+            manifest_sha256=hashlib.sha256(data).hexdigest(),
+            outputs=self._outputs,
+            bytes=self._bytes,
+        )
+
+
+class PublishResult(enum.Enum):
+    """How an attempt to publish went."""
+
+    PUBLISHED = "published"
+    ALREADY_TAKEN = "already_taken"  # published before; a consumer may have taken it away
+    CONFLICT = "conflict"  # not published: something that is not ours has its name
+
+
+def publish(spool: Spool, row: Row, *, place: Literal["done", "failed"]) -> PublishResult:
+    """Show a finished stage as ``<place>/<job>``, at most once.
+
+    Nothing but this rename takes a stage away, so no stage means that it was published: whatever
+    stands in its place now, or does not, is a consumer's doing.
+
+    Raises:
+      DiskFull: Nothing is visible; try again when there is space.
+      OSError: The rename or its fsync failed: whether it will last is unknown.
+
+    """
+    assert row.staged is not None
+    folder = spool.root / place
+    manifest = MANIFESTS[place]
+    sha256 = row.staged.manifest_sha256
+    result = PublishResult.PUBLISHED
+    stage_fd, folder_fd = open_dir(spool.stage), open_dir(folder)
+    try:
+        with full_disk_told():
+            published = _sha256_of(folder / row.job / manifest) == sha256
+            if published or not os.path.lexists(spool.stage / row.job):
+                result = PublishResult.ALREADY_TAKEN
+            elif _sha256_of(spool.stage / row.job / manifest) != sha256:
+                return PublishResult.CONFLICT  # someone reached into stage/
+            else:
+                try:
+                    rename_folder(stage_fd, folder_fd, row.job)
+                except OSError as error:
+                    if error.errno in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
+                        return PublishResult.CONFLICT
+                    raise
+            os.fsync(folder_fd)
+            os.fsync(stage_fd)
+    finally:
+        os.close(stage_fd)
+        os.close(folder_fd)
+    return result
+
+
+def _sha256_of(path: Path) -> str | None:
+    """The hash of a small file, or None if it is not there as one."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EACCES}:
+            return None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        with open(fd, "rb", closefd=False) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    finally:
+        os.close(fd)
+
+
+def retire(spool: Spool, row: Row) -> str:
+    """Remove the claimed file of a published job; no error if it is gone.
+
+    Returns:
+      A sentence for the log if something is left: what could not be parsed is never deleted.
+
+    """
+    path = spool.claimed / row.payload
+    if not row.payload or not os.path.lexists(path):
+        return ""
+    if not row.sha256:
+        return f"claimed/{row.payload} could not be moved to its result and was left"
+    path.unlink()
+    return ""
+
+
+def reap(spool: Spool, active_jobs: Container[JobId]) -> list[JobId]:
+    """Remove stages of jobs that are not active; a payload in one goes back to ``claimed/``.
+
+    Returns:
+      The jobs whose stages were removed.
+
+    """
+    reaped = []
+    for entry in sorted(os.listdir(spool.stage)):
+        job = JobId(entry)
+        if job in active_jobs:
+            continue
+        path = spool.stage / entry
+        payload = path / PAYLOAD
+        if not path.is_symlink() and os.path.lexists(payload):
+            payload.rename(spool.claimed / f"{job}.json")
+            fsync_dir(spool.claimed)
+        _wipe(path)
+        reaped.append(job)
+    return reaped
+
+
+def _wipe(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
