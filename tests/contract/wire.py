@@ -68,7 +68,9 @@ class Socket:
         return await self.wait(lambda m: is_end(m, prompt_id))
 
     async def close(self) -> None:
-        await self.connection.aclose()
+        """Say goodbye and wait for the answer."""
+        with trio.fail_after(PATIENCE_S):
+            await self.connection.aclose()
 
 
 def is_end(message: Message, prompt_id: str) -> bool:
@@ -84,6 +86,7 @@ class Session:
     """HTTP and WebSockets to one server, with a log of every step.
 
     Attributes:
+      sockets: Those that were opened, in order.
       log: What was sent and received. Steps of one channel are in true order; between channels
         the order is only that in which this process saw them.
 
@@ -92,11 +95,11 @@ class Session:
     def __init__(self, url: str, client: httpx.AsyncClient, nursery: trio.Nursery) -> None:
         self.url = url
         self.log: list[Step] = []
+        self.sockets: list[Socket] = []
         self.run = uuid.uuid4().hex[:8]
         self._client = client
         self._nursery = nursery
         self._names: dict[str, str] = {self.run: "<run>"}
-        self._first_number: int | None = None
 
     @property
     def prefix(self) -> str:
@@ -186,6 +189,7 @@ class Session:
                 max_message_size=MAX_MESSAGE_BYTES,
             )
         socket = Socket(label, connection)
+        self.sockets.append(socket)
         self._nursery.start_soon(self._read, socket)
         first = await socket.wait(lambda m: m.get("type") == "status")
         if client_id is None:
@@ -260,5 +264,8 @@ async def open_session(url: str) -> AsyncIterator[Session]:
         httpx.AsyncClient(base_url=url, timeout=None) as client,
         trio.open_nursery() as tasks,
     ):
-        yield Session(url, client, tasks)
+        session = Session(url, client, tasks)
+        yield session
+        for socket in session.sockets:
+            await socket.close()
         tasks.cancel_scope.cancel()
