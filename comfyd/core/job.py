@@ -844,9 +844,10 @@ def _published(job: Job, fact: Published, ctx: Context) -> Step:
     return _move(Job(row, job.live), row.outcome.state, ctx, finished)
 
 
-def durations_s(row: Row) -> dict[str, float]:
+def durations_s(row: Row, *, published_at: float | None = None) -> dict[str, float]:
     """Seconds spent in each phase; a phase that never was takes 0."""
-    marks = [row.claimed_at, row.submitted_at, row.started_at, row.ended_at, row.published_at]
+    published = row.published_at if published_at is None else published_at
+    marks = [row.claimed_at, row.submitted_at, row.started_at, row.ended_at, published]
     known: list[float] = []
     for mark in marks:
         last = known[-1] if known else row.claimed_at

@@ -1,0 +1,180 @@
+"""The dispatcher: the one task that owns the engine. Facts in, one commit, then orders out."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable
+from typing import Final, NoReturn
+
+import trio
+
+from comfyd.core.engine import Batch as EngineBatch
+from comfyd.core.engine import Change, Engine
+from comfyd.core.facts import Fact, Tick
+from comfyd.core.notes import Note
+from comfyd.core.orders import JobOrder, Refill
+from comfyd.errors import DiskFull, JournalError
+from comfyd.journal.store import Batch, Event, Insert, Update
+from comfyd.journal.thread import Journal
+from comfyd.services.clock import Clock
+from comfyd.services.inbox import Inbox
+
+# Changes that nothing waits for ride with the next commit, but not for longer than this.
+LAZY_S: Final = 1.0
+FULL_DISK_RETRY_S: Final = 2.0
+
+
+class Dispatcher:
+    """See the module.
+
+    Args:
+      perform: Starts carrying out an order, without blocking; its answer comes by the inbox.
+      observe: Is told every note once what it tells of is committed.
+      on_deadline: Is told when the engine next wants a Tick (the clock's seconds; inf for never).
+
+    Cancellation of `run`: while it waits for facts or for space on the disk. A commit is never
+    cut short, and what was not committed was not acted on.
+
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        inbox: Inbox,
+        journal: Journal,
+        clock: Clock,
+        *,
+        perform: Callable[[JobOrder], None],
+        observe: Callable[[Iterable[Note]], None],
+        on_deadline: Callable[[float], None],
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._engine = engine
+        self._inbox = inbox
+        self._journal = journal
+        self._clock = clock
+        self._perform = perform
+        self._observe = observe
+        self._on_deadline = on_deadline
+        self._draw = draw
+        self._waiting = EngineBatch()  # changes that ride with the next commit
+        self._lazy_since_s = math.inf
+        self.waits_for_space = False
+        self.last_settled_s = clock.now_s()
+
+    async def run(self) -> NoReturn:
+        """Drive the engine for ever.
+
+        Raises:
+          JournalError: The journal can no longer be trusted.
+          ProtocolViolation: A bug.
+
+        """
+        await self._settle()  # the orders of `Engine.load`
+        while True:
+            with trio.move_on_at(self._clock.trio_s(self._lazy_since_s + LAZY_S)):
+                await self._inbox.wait()
+            self._handle(self._inbox.take())
+            await self._settle()
+
+    def _handle(self, facts: list[Fact]) -> None:
+        now_s = self._clock.now_s()
+        for fact in facts:
+            self._engine.handle(fact, now_s=now_s, u=self._draw())
+
+    async def _settle(self) -> None:
+        """Commit what came of the facts, then release it."""
+        while True:
+            now_s = self._clock.now_s()
+            batch = self._engine.take(now_s=now_s, u=self._draw())
+            self._waiting = _joined(self._waiting, batch)
+            if batch.urgent or now_s >= self._lazy_since_s + LAZY_S:
+                await self._commit()
+            elif self._waiting.changes or self._waiting.notes:
+                self._lazy_since_s = min(self._lazy_since_s, now_s)
+            self._observe(batch.notes)
+            refill: Refill | None = None
+            for order in batch.orders:
+                if isinstance(order, Refill):
+                    refill = order
+                else:
+                    self._perform(order)
+            if refill is None:
+                break
+            # Read here and now, so that what is read cannot be older than what is in memory.
+            rows = await self._journal.candidates(refill.count, self._clock.now_s())
+            self._handle([rows])
+        self.last_settled_s = self._clock.now_s()
+        self._on_deadline(self._engine.next_deadline_s())
+
+    async def flush(self) -> None:
+        """Commit what waits for company; for the very end."""
+        await self._commit()
+
+    async def _commit(self) -> None:
+        batch, self._waiting = self._waiting, EngineBatch()
+        self._lazy_since_s = math.inf
+        if not batch.changes and not batch.notes:
+            return
+        at_s = self._clock.now_s()
+        stored = Batch(
+            changes=tuple(_stored(change) for change in batch.changes),
+            events=tuple(
+                Event(job=note.job, at=at_s, kind=note.kind, data=_told(note))
+                for note in batch.notes
+                if note.story and note.job is not None
+            ),
+        )
+        while True:
+            try:
+                results = await self._journal.commit(stored)
+            except DiskFull:
+                self.waits_for_space = True
+                await trio.sleep(FULL_DISK_RETRY_S)
+                continue
+            break
+        self.waits_for_space = False
+        if not all(results):
+            lost = [c.row.job for c, ok in zip(batch.changes, results, strict=True) if not ok]
+            raise JournalError(f"the journal refused changes of {', '.join(lost[:5])}: two owners?")
+
+
+def _joined(first: EngineBatch, second: EngineBatch) -> EngineBatch:
+    return EngineBatch(
+        changes=first.changes + second.changes, notes=first.notes + second.notes
+    )
+
+
+def _stored(change: Change) -> Insert | Update:
+    if change.expected is None:
+        return Insert(row=change.row)
+    return Update(row=change.row, expected=change.expected)
+
+
+def _told(note: Note) -> dict[str, object]:
+    return note.data if note.server is None else {"server": note.server, **note.data}
+
+
+class Auditor:
+    """Sleeps until the engine's next deadline and says so. The verdicts are the engine's."""
+
+    def __init__(self, inbox: Inbox, clock: Clock) -> None:
+        self._inbox = inbox
+        self._clock = clock
+        self._deadline_s = math.inf
+        self._changed = trio.Event()
+
+    def set_deadline(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._changed.set()
+
+    async def run(self) -> NoReturn:
+        """Send a Tick at each deadline. Cancellation: while asleep."""
+        while True:
+            self._changed = trio.Event()
+            with trio.move_on_at(self._clock.trio_s(self._deadline_s)) as slept:
+                await self._changed.wait()
+            if slept.cancelled_caught:
+                self._deadline_s = math.inf  # until the engine has taken this one
+                self._inbox.put(Tick())

@@ -1,0 +1,286 @@
+"""The fetcher: from an end signal to a visible result. History, downloads, staging, the rename."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from comfyd.comfyui.client import Client
+from comfyd.core.facts import (
+    Answer,
+    Collected,
+    CollectFailed,
+    Fetched,
+    FetchResult,
+    PublishConflict,
+    PublishDelayed,
+    Published,
+    Uncollected,
+)
+from comfyd.core.facts import Retired as RetiredFact
+from comfyd.core.model import FileRef, Row, Staged, State
+from comfyd.core.orders import Collect, Fetch, Publish, Retire
+from comfyd.core.policy import linear_s
+from comfyd.core.result import Output, manifest
+from comfyd.errors import DiskFull, ServerError, ServerProtocol, ServerStatus
+from comfyd.spool.delivery import (
+    PublishResult,
+    Stage,
+    local_name,
+    looks_wrong,
+    publish,
+    retire,
+)
+from comfyd.spool.layout import Spool
+
+# A file that is not there, or is wrong, is asked for so often before that is believed.
+_TRIES: Final = 3
+_TRY_AGAIN_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Attributes: as in the configuration, ``history`` and ``outputs``."""
+
+    history_attempts: int = 3
+    history_backoff_s: float = 2.0
+    max_bytes: int = 4 << 30
+    min_free_bytes: int = 1 << 30
+    include_temp: bool = False
+
+
+async def fetch(
+    order: Fetch,
+    client: Client,
+    limits: Limits,
+    *,
+    on_fetch: Callable[[str, float], None],
+    on_retry: Callable[[ServerError], None],
+    draw: Callable[[], float] = random.random,
+) -> Answer:
+    """GET /history/{id} at once; a failed exchange is tried again, waiting longer each time.
+
+    Args:
+      on_fetch: Told the result and the seconds it took, retries included.
+      on_retry: Told each failure that is tried again.
+
+    """
+    assert order.row.prompt_id is not None
+    began_s = trio.current_time()
+    tries = 0
+    while True:
+        tries += 1
+        result, record, reason = FetchResult.EMPTY, None, ""
+        try:
+            record = await client.history(order.row.prompt_id)
+        except ServerProtocol as error:
+            result, reason = FetchResult.UNREADABLE, str(error)
+        except ServerError as error:
+            result, reason = FetchResult.ERROR, str(error)
+            if tries < limits.history_attempts:
+                on_retry(error)
+                await trio.sleep(linear_s(tries, limits.history_backoff_s, u=draw()))
+                continue
+        if record is not None:
+            result = FetchResult.FOUND
+        on_fetch(result.value, trio.current_time() - began_s)
+        return Fetched(token=order.token, result=result, record=record, reason=reason)
+
+
+class _Unobtainable(Exception):
+    """One output cannot be had."""
+
+    def __init__(self, cause: Uncollected, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.message = message
+
+
+async def collect(
+    order: Collect,
+    client: Client | None,
+    spool: Spool,
+    limits: Limits,
+    *,
+    now_s: Callable[[], float],
+    on_retry: Callable[[ServerError], None],
+) -> Answer:
+    """Download and verify what the record names, add what was submitted, and stage it all.
+
+    For a job that is done every output must be there and right; for one that failed, what can be
+    had is added and the rest is a warning.
+
+    Args:
+      client: Of the server that ran it; None if there is nothing to fetch, or no such server.
+
+    """
+    row = order.row
+    assert row.outcome is not None
+    try:
+        stage = await trio.to_thread.run_sync(Stage.begin, spool, row.job)
+        warnings: list[str] = []
+        outputs: list[Output] = []
+        counted: Counter[str] = Counter()
+        for ref in _wanted(row, include_temp=limits.include_temp):
+            index = counted[ref.node]
+            counted[ref.node] += 1
+            try:
+                if client is None:
+                    raise _Unobtainable(Uncollected.SERVER, f"server {row.server} is not configured")
+                outputs.append(await _obtain(ref, index, stage, client, limits, on_retry))
+            except _Unobtainable as error:
+                if row.outcome.state is State.DONE or error.cause is Uncollected.SERVER:
+                    return CollectFailed(token=order.token, cause=error.cause, message=error.message)
+                warnings.append(error.message)
+        staged = await trio.to_thread.run_sync(
+            _finish, stage, row, outputs, warnings, now_s()
+        )
+    except DiskFull as error:
+        return CollectFailed(token=order.token, cause=Uncollected.DISK, message=str(error))
+    return Collected(token=order.token, staged=staged)
+
+
+def _wanted(row: Row, *, include_temp: bool) -> list[FileRef]:
+    """The record's products: outputs, and previews if they are asked for."""
+    if row.record is None:
+        return []
+    types = {"output", "temp"} if include_temp else {"output"}
+    return [ref for ref in row.record.files if ref.type in types]
+
+
+async def _obtain(
+    ref: FileRef,
+    index: int,
+    stage: Stage,
+    client: Client,
+    limits: Limits,
+    on_retry: Callable[[ServerError], None],
+) -> Output:
+    """One file, downloaded, checked and sealed in the stage."""
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            return await _download(ref, index, stage, client, limits)
+        except ServerError as error:
+            problem = _judged(ref, error)
+            if tries >= _TRIES or problem.cause is Uncollected.SERVER:
+                raise problem from error
+            on_retry(error)
+        except _Unobtainable as error:
+            if tries >= _TRIES:
+                raise
+            on_retry(ServerProtocol(error.message))
+        await trio.sleep(_TRY_AGAIN_S * tries)
+
+
+def _judged(ref: FileRef, error: ServerError) -> _Unobtainable:
+    name = f"output {ref.filename!r} of node {ref.node}"
+    match error:
+        case ServerStatus(status=400 | 403 | 404 | 410 as status):
+            return _Unobtainable(
+                Uncollected.MISSING, f"The server no longer has {name} (HTTP status {status})."
+            )
+        case ServerProtocol():
+            return _Unobtainable(Uncollected.INVALID, f"The server sent no usable {name}: {error}.")
+        case _:
+            return _Unobtainable(Uncollected.SERVER, f"The {name} could not be fetched: {error}.")
+
+
+async def _download(
+    ref: FileRef, index: int, stage: Stage, client: Client, limits: Limits
+) -> Output:
+    part = stage.part_path(f"download-{index}")
+    free_bytes = await trio.to_thread.run_sync(_free_bytes, part.parent)
+    if free_bytes < limits.min_free_bytes:
+        raise DiskFull(f"only {free_bytes} bytes are free for results")
+    max_bytes = min(limits.max_bytes, free_bytes - limits.min_free_bytes)
+    with _opened(part) as file:
+        got = await client.view(ref, file.write, max_bytes=max_bytes)
+    wrong = looks_wrong(ref.filename, got.head)
+    if wrong is not None:
+        raise _Unobtainable(
+            Uncollected.INVALID, f"Output {ref.filename!r} of node {ref.node} is wrong: {wrong}."
+        )
+    name = local_name(ref.node, index, ref.filename, got.head)
+    await trio.to_thread.run_sync(_seal, stage, part, name)
+    return Output(ref=ref, file=name, bytes=got.bytes, sha256=got.sha256)
+
+
+class _File:
+    """A part file whose writes tell a full disk apart."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def write(self, chunk: bytes) -> None:
+        from comfyd.spool.layout import full_disk_told
+
+        with full_disk_told():
+            view = memoryview(chunk)
+            while view:
+                view = view[os.write(self._fd, view) :]
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._fd)
+
+
+def _opened(part: Path) -> _File:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    return _File(os.open(part, flags, 0o600))
+
+
+def _free_bytes(path: Path) -> int:
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
+def _seal(stage: Stage, part: Path, name: str) -> None:
+    part.rename(stage.part_path(name))
+    stage.seal(name)
+
+
+def _finish(
+    stage: Stage, row: Row, outputs: list[Output], warnings: list[str], now_s: float
+) -> Staged:
+    missing = stage.add_payload(row)
+    if missing:
+        warnings.append(missing)
+    assert row.outcome is not None
+    name = "result.json" if row.outcome.state is State.DONE else "error.json"
+    return stage.finish(name, manifest(row, outputs, published_at=now_s, warnings=warnings))
+
+
+def show(order: Publish, spool: Spool) -> Answer:
+    """One rename into ``done/`` or ``failed/``. Blocking."""
+    row, token = order.row, order.token
+    assert row.outcome is not None
+    place = "done" if row.outcome.state is State.DONE else "failed"
+    try:
+        result = publish(spool, row, place=place)
+    except DiskFull as error:
+        return PublishDelayed(token=token, message=str(error))
+    if result is PublishResult.CONFLICT:
+        return PublishConflict(
+            token=token,
+            message=f"{place}/{row.job} was there already and is not ours; move it away.",
+        )
+    return Published(token=token)
+
+
+def clear(order: Retire, spool: Spool, on_left: Callable[[str], None]) -> Answer:
+    """Remove the claimed file. Blocking. *on_left* is told what had to be left, if anything."""
+    left = retire(spool, order.row)
+    if left:
+        on_left(left)
+    return RetiredFact(token=order.token)

@@ -1,0 +1,84 @@
+"""Health: is a server there, may it be used, how long is its queue, what cards does it have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import structlog
+import trio
+
+from comfyd.comfyui.client import Client
+from comfyd.core.facts import Fact, Health, QueueSeen
+from comfyd.core.model import ServerName
+from comfyd.core.wire.stats import SystemStats, version_verdict
+from comfyd.errors import ServerError
+
+_log: Any = structlog.get_logger("comfyd.health")
+
+
+class HealthProbe:
+    """Asks one server how it is, every *interval_s* and whenever it is poked.
+
+    Attributes:
+      stats: Its last answer; None before the first.
+      reason: Why it is not usable, as a sentence; "" if it is.
+
+    """
+
+    def __init__(
+        self,
+        name: ServerName,
+        client: Client,
+        *,
+        interval_s: float,
+        tell: Callable[[Fact], None],
+        on_stats: Callable[[SystemStats], None],
+        on_health: Callable[[bool], None],
+    ) -> None:
+        self._name = name
+        self._client = client
+        self._interval_s = interval_s
+        self._tell = tell
+        self._on_stats = on_stats
+        self._on_health = on_health
+        self._poked = trio.Event()
+        self._warned = ""
+        self.stats: SystemStats | None = None
+        self.reason = "not asked yet"
+
+    def poke(self) -> None:
+        """Ask soon: something happened there."""
+        self._poked.set()
+
+    async def run(self) -> NoReturn:
+        while True:
+            self._poked = trio.Event()
+            await self._ask()
+            with trio.move_on_after(self._interval_s):
+                await self._poked.wait()
+
+    async def _ask(self) -> None:
+        try:
+            stats = await self._client.system_stats()
+            remaining = await self._client.remaining()
+        except ServerError as error:
+            if not self.reason or self.reason == "not asked yet":
+                _log.warning("server_down", server=self._name, error=str(error))
+            self.reason = str(error)
+            self._on_health(False)
+            self._tell(Health(server=self._name, ok=False))
+            return
+        verdict = version_verdict(stats.version)
+        if self.reason and not verdict.refusal:
+            _log.info("server_up", server=self._name, version=stats.version)
+        said = verdict.refusal or verdict.warning
+        if said and said != self._warned:
+            _log.warning("server_version", server=self._name, problem=said)
+        self._warned = said
+        self.stats = stats
+        self.reason = verdict.refusal
+        self._on_stats(stats)
+        self._on_health(True)
+        self._tell(QueueSeen(server=self._name, remaining=remaining))
+        self._tell(Health(server=self._name, ok=True, refusal=verdict.refusal))
