@@ -68,7 +68,8 @@ def _tag(prompt: object) -> tuple[str, int] | None:
     match prompt:
         case [_, _, _, {"comfyd": tag}, *_]:
             return tag_of(tag)
-    return None
+        case _:
+            return None
 
 
 def _verdict(
@@ -89,6 +90,8 @@ def _verdict(
                 data = rest[0] if rest and isinstance(rest[0], dict) else {}
                 end = _ENDS[event]
                 return end, _failure(data) if end is End.ERROR else None
+            case _:
+                continue  # how it began, what was cached, or news from the future
     status_str = said.get("status_str")
     if isinstance(status_str, str) and status_str in _STATUS:
         warnings.append("the record holds no end message; its status_str was believed")
