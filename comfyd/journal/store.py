@@ -32,7 +32,7 @@ class Event(Value, frozen=True):
     job: JobId
     at: float
     kind: str
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class Insert(Value, frozen=True):
@@ -99,7 +99,7 @@ class Reads(Protocol):
         ...
 
     def candidates(self, count: int, now_s: float) -> Candidates:
-        """The next *count* queued rows due at *now_s* (UTC), and when the one after will be due.
+        """The next *count* queued rows due at *now_s* (UTC, from 0), and when another one will be.
 
         Highest priority first, then by seq.
         """

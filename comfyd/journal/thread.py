@@ -116,6 +116,5 @@ class Journal:
         if self._inline:
             await trio.lowlevel.checkpoint()
             return work(*args, **kwargs)
-        return await trio.to_thread.run_sync(
-            lambda: work(*args, **kwargs), limiter=self._turn, abandon_on_cancel=False
-        )
+        # Not abandoned when cancelled, which is the default: two threads would have the store.
+        return await trio.to_thread.run_sync(lambda: work(*args, **kwargs), limiter=self._turn)

@@ -1,0 +1,209 @@
+"""Every store answers like the model: SQLite beside MemoryStore, through crashes and reopenings."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import msgspec
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from comfyd.core.model import (
+    End,
+    FileRef,
+    JobId,
+    NodeFailure,
+    Outcome,
+    Reason,
+    Record,
+    Row,
+    Source,
+    Staged,
+    State,
+    prompt_id_of,
+)
+from comfyd.journal.memory import MemoryStore
+from comfyd.journal.sqlite import SqliteStore, open_readonly
+from comfyd.journal.store import Alias, Batch, Event, Insert, Update
+
+# Few and alike, so that ids collide, begin alike and share a stem.
+JOBS = [JobId(name) for name in ("fox.01A", "fox.01B", "fox", "foxes.01A", "a_b.01C")]
+NAMES = [JobId("fox.01Z"), JobId("twin.01D")]
+KEYS = ["nightly", "weekly"]
+TIMES = [0.0, 10.0, 20.5, 30.0]
+SEARCHES = [
+    *JOBS,
+    *NAMES,
+    *("", "f", "fox.", "fox.01", "foxe", "a_b", "a%", "f_x", "ö", "\udcff", "FOX.01A", "no\0"),
+    *(prompt_id_of(job, attempt) for job in JOBS for attempt in (1, 2)),
+]
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    # What no UTF-8 can hold is refused where it comes in.
+    | st.text(st.characters(codec="utf-8"), max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.just("k"), inner, max_size=1),
+    max_leaves=3,
+)
+records = st.builds(
+    Record,
+    end=st.sampled_from(End),
+    files=st.just((FileRef(node="9", key="images", filename="x.png"),)),
+    ui=st.dictionaries(
+        st.just("9"), st.dictionaries(st.just("text"), st.lists(json_values, max_size=2))
+    ),
+    failure=st.none()
+    | st.just(NodeFailure(node="3", node_type="K", exception_type="E", message="no")),
+    ours=st.none() | st.just(("fox.01A", 1)),
+)
+outcomes = st.builds(
+    Outcome,
+    state=st.sampled_from(State),
+    reason=st.none() | st.sampled_from(Reason),
+    detail=st.dictionaries(st.just("k"), json_values),
+)
+
+
+@st.composite
+def rows(draw, jobs=JOBS):
+    """Any row at all: what is plausible is the core's business, not the store's."""
+    chosen = draw(st.sampled_from(jobs))
+    attempt = draw(st.integers(0, 2))
+    abandoned = draw(st.booleans())
+    return Row(
+        job=chosen,
+        seq=draw(st.integers(1, 7)),
+        state=draw(st.sampled_from([State.QUEUED, *State])),
+        version=draw(st.integers(0, 1)),
+        priority=draw(st.integers(-1, 1)),
+        not_before=draw(st.sampled_from(TIMES)),
+        claimed_at=draw(st.sampled_from(TIMES)),
+        key=draw(st.none() | st.sampled_from(KEYS)),
+        metadata=draw(st.dictionaries(st.just("k"), json_values)),
+        drawn={"3.seed": draw(st.integers(0, 2**64))},
+        attempt=attempt,
+        prompt_id=prompt_id_of(chosen, attempt) if attempt else None,
+        abandoned=(("local", "http://x", prompt_id_of(chosen, 1)),) if abandoned else (),
+        why=draw(st.none() | outcomes),
+        record=draw(st.none() | records),
+        staged=draw(st.none() | st.just(Staged(manifest_sha256="00", outputs=1))),
+        completion=draw(st.none() | st.sampled_from(Source)),
+        number=draw(st.none() | st.floats(allow_nan=False, allow_infinity=False)),
+        retired=draw(st.booleans()),
+    )
+
+
+events = st.builds(
+    Event,
+    job=st.sampled_from([*JOBS, *NAMES]),
+    at=st.sampled_from(TIMES),
+    kind=st.sampled_from(["claimed", "submitted"]),
+    data=st.dictionaries(st.just("k"), json_values),
+)
+
+
+class Conformance(RuleBasedStateMachine):
+    @initialize()
+    def begin(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="comfyd-journal-"))
+        self.path = self.folder / "state" / "journal.db"
+        self.model = MemoryStore()
+        self.store = SqliteStore.open(self.path)
+
+    def teardown(self):
+        if hasattr(self, "store"):
+            self.store.close()
+            shutil.rmtree(self.folder)
+
+    @rule(data=st.data())
+    def commit(self, data):
+        changes = data.draw(st.lists(self.changes(), max_size=4))
+        batch = Batch(changes=tuple(changes), events=tuple(data.draw(st.lists(events, max_size=3))))
+        assert self.store.commit(batch) == self.model.commit(batch)
+
+    def changes(self):
+        """Changes of which many apply: most updates start from a row as it is now."""
+        inserts = st.builds(Insert, row=rows())
+        aliases = st.builds(
+            Alias, name=st.sampled_from(NAMES + JOBS), job=st.sampled_from(JOBS + NAMES)
+        )
+        known = list(self.model.rows_by_job.values())
+        if not known:
+            return inserts | inserts | aliases
+        return inserts | st.sampled_from(known).flatmap(self.updates) | aliases
+
+    @staticmethod
+    def updates(old):
+        def keep_identity(new):
+            new = msgspec.structs.replace(new, seq=old.seq, version=old.version + 1)
+            return Update(row=new, expected=old.version)
+
+        def follow(new):
+            return Update(row=new, expected=new.version - 1)
+
+        retired = msgspec.structs.replace(old, retired=True, version=old.version + 1)
+        applicable = rows([old.job]).map(keep_identity)
+        return (
+            applicable
+            | st.just(Update(row=retired, expected=old.version))
+            | rows([old.job]).map(follow)  # another version, often another seq
+        )
+
+    @rule(before_s=st.sampled_from(TIMES), limit=st.integers(1, 5))
+    def prune(self, before_s, limit):
+        forgotten = self.store.prune_events(before_s, limit=limit)
+        assert forgotten == self.model.prune_events(before_s, limit=limit)
+
+    @rule(clean=st.booleans())
+    def reopen(self, clean):
+        self.store.close(clean=clean)
+        self.store = SqliteStore.open(self.path)
+        self.model.close(clean=clean)
+        self.model = self.model.reopened()
+
+    @rule()
+    def look_from_outside(self):
+        self.store.close()
+        reader = open_readonly(self.path)
+        self.compare(reader)
+        assert reader.opened_cleanly()
+        reader.close()
+        self.store = SqliteStore.open(self.path)
+        self.model.close()
+        self.model = self.model.reopened()
+
+    @invariant()
+    def answers_agree(self):
+        if hasattr(self, "store"):
+            self.compare(self.store)
+            assert self.store.opened_cleanly() == self.model.opened_cleanly()
+
+    def compare(self, store):
+        model = self.model
+        assert store.active() == model.active()
+        for now_s in (*TIMES, 15.0):
+            assert store.candidates(2, now_s) == model.candidates(2, now_s)
+        assert store.counts() == model.counts()
+        assert store.last_seq() == model.last_seq()
+        assert store.without_rows(JOBS + NAMES) == model.without_rows(JOBS + NAMES)
+        for state in State:
+            assert store.oldest(state) == model.oldest(state)
+            assert store.rows(state, limit=2) == model.rows(state, limit=2)
+            assert store.rows(state, limit=2, after=4) == model.rows(state, limit=2, after=4)
+        assert store.rows(limit=9) == model.rows(limit=9)
+        assert store.rows(limit=2, after=4) == model.rows(limit=2, after=4)
+        for job in (*JOBS, *NAMES):
+            assert store.get(job) == model.get(job)
+            assert store.events(job) == model.events(job)
+        for key in (*KEYS, "none"):
+            assert store.keyed(key) == model.keyed(key)
+        for text in SEARCHES:
+            assert store.find(text) == model.find(text)
+
+
+TestConformance = Conformance.TestCase
+TestConformance.settings = settings(max_examples=30, stateful_step_count=15, deadline=None)

@@ -1,0 +1,103 @@
+"""A long queue costs no more than a short one: counted in steps of SQLite, never in time."""
+
+import sqlite3
+
+import pytest
+
+from comfyd.core.model import JobId, Row, State
+from comfyd.journal import schema
+from comfyd.journal.sqlite import SqliteStore
+from comfyd.journal.store import Batch, Insert
+
+QUESTIONS = {
+    "candidates": (schema.CANDIDATES, (50.0, 100)),
+    "next due": (schema.NEXT_DUE, (50.0,)),
+    "active": (schema.ACTIVE, ()),
+    "counts": (schema.COUNTS, ()),
+    "oldest": (schema.OLDEST, ("queued",)),
+    "page": (schema.PAGE, (1000, 100)),
+    "page of a state": (schema.PAGE_OF_STATE, ("queued", 1000, 100)),
+    "keyed": (schema.KEYED, ("key-7",)),
+    "named": (schema.NAMED, ("no-such-name",)),
+    "beginning": (schema.BEGINNING, ("job-77", "job-77\x7f", 20)),
+    "events": (schema.EVENTS, ("job-77.01K",)),
+    "get": (schema.GET, ("job-77.01K",)),
+    "last seq": (schema.LAST_SEQ, ()),
+}
+
+
+def journal_of(path, jobs):
+    """A queue with every kind of row at its head, middle and end, and a few in other states."""
+    store = SqliteStore.open(path)
+    rows = [
+        Row(
+            job=JobId(f"job-{seq}.01K"),
+            seq=seq,
+            priority=seq % 3,
+            not_before=100.0 + seq if seq % 500 == 0 else 0.0,
+            key=f"key-{seq}" if seq % 10 == 7 else None,
+            state=State.SUBMITTED if seq in (1, jobs) else State.QUEUED,
+        )
+        for seq in range(1, jobs + 1)
+    ]
+    store.commit(Batch(changes=tuple(Insert(row=row) for row in rows)))
+    assert store.counts()[State.QUEUED] == jobs - 2
+    store.close()
+    return sqlite3.connect(path)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    db = journal_of(tmp_path_factory.mktemp("short") / "journal.db", 1_000)
+    yield db
+    db.close()
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    db = journal_of(tmp_path_factory.mktemp("long") / "journal.db", 100_000)
+    yield db
+    db.close()
+
+
+def steps(db, query, values):
+    """How many instructions of its virtual machine SQLite needs for the answer."""
+    taken = 0
+
+    def count():
+        nonlocal taken
+        taken += 1
+
+    db.set_progress_handler(count, 1)
+    db.execute(query, values).fetchall()
+    db.set_progress_handler(None, 0)
+    return taken
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_hundred_times_the_queue_is_the_same_work(short, long, question):
+    query, values = QUESTIONS[question]
+    assert steps(long, query, values) < 1.5 * steps(short, query, values) + 100
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_no_question_sorts_or_reads_the_table_through(long, question):
+    query, values = QUESTIONS[question]
+    plan = [detail for _, _, _, detail in long.execute(f"EXPLAIN QUERY PLAN {query}", values)]
+    # An index that holds only what is asked for is walked in its own order.
+    walks = {"SCAN counts", "SCAN jobs USING INDEX queue", "SCAN jobs USING INDEX active"}
+    odd = [line for line in plan if not line.startswith("SEARCH") and line not in walks]
+    assert [line for line in odd if "SUBQUERY" not in line] == []
+
+
+def test_no_question_is_missing_here():
+    selects = {
+        name
+        for name, text in vars(schema).items()
+        if isinstance(text, str) and text.lstrip().startswith("SELECT")
+    }
+    asked = {query for query, _ in QUESTIONS.values()}
+    assert {name for name in selects if getattr(schema, name) not in asked} == {
+        "AT_VERSION",  # by job, as get
+        "KNOWN",
+    }
