@@ -161,6 +161,9 @@ class Stage:
           DiskFull: Try again when there is space.
 
         """
+        for name in os.listdir(self.path):
+            if name.endswith(".part"):
+                (self.path / name).unlink()  # of a download that was given up
         # Half a surrogate pair from a server's text becomes the JSON escape of itself.
         data = (json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2) + "\n").encode(
             "utf-8", "backslashreplace"
@@ -197,7 +200,8 @@ def publish(spool: Spool, row: Row, *, place: Literal["done", "failed"]) -> Publ
       OSError: The rename or its fsync failed: whether it will last is unknown.
 
     """
-    assert row.staged is not None
+    if row.staged is None:
+        raise ValueError(f"nothing was staged for {row.job}")
     folder = spool.root / place
     manifest = MANIFESTS[place]
     sha256 = row.staged.manifest_sha256

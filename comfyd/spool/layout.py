@@ -32,9 +32,8 @@ ULID_BYTES: Final = 10  # of randomness in one
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _IGNORED_ENDS = ("~", ".tmp", ".part", ".swp")
-_NAME = re.compile(
-    r"(?P<stem>.*?)(?:\.(?P<ulid>[0-7][0-9A-HJKMNP-TV-Z]{25}))?(?P<extension>\.[^.]*)?", re.DOTALL
-)
+_ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
+_JOB_ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]{{0,63}}\.{_ULID.pattern}")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -186,14 +185,23 @@ def job_id_for(name: str, ulid: str, *, used: Callable[[JobId], bool]) -> JobId:
       used: Whether a job of that id exists; only asked of a name that carries a ULID.
 
     """
-    match = _NAME.fullmatch(name)
-    assert match is not None
-    stem = safe(match["stem"])
-    if match["ulid"]:
-        kept = JobId(f"{stem}.{match['ulid']}")
+    base, dot, extension = name.rpartition(".")
+    if not dot or _ULID.fullmatch(extension):
+        base = name
+    stem, _, own = base.rpartition(".")
+    if not _ULID.fullmatch(own):
+        stem, own = base, ""
+    stem = safe(stem)
+    if own:
+        kept = JobId(f"{stem}.{own}")
         if not used(kept):
             return kept
     return JobId(f"{stem}.{ulid}")
+
+
+def is_job_id(text: str) -> bool:
+    """Whether *text* has the form of a job id, so that it is a safe file name too."""
+    return _JOB_ID.fullmatch(text) is not None
 
 
 def extension_of(name: str) -> str:

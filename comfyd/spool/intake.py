@@ -1,0 +1,348 @@
+"""Taking what is dropped in ``new/``: look, wait until it is settled, claim by rename, read, judge.
+
+Blocking throughout. The rename into ``claimed/`` is the claim: nothing is
+read before it, nobody but the daemon can reach the file after it, and a claim whose row never got
+committed is found by ``adopt``. What lies in ``new/`` is hostile: it is never followed, opened or
+trusted beyond what lstat says.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import heapq
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import structlog
+from msgspec.structs import replace
+
+from comfyd.core.facts import Claimed
+from comfyd.core.model import JobId, Outcome, Reason, Row, State
+from comfyd.errors import DiskFull, JobFileError
+from comfyd.spool import jobfile
+from comfyd.spool.layout import (
+    ULID_BYTES,
+    Spool,
+    extension_of,
+    full_disk_told,
+    ignored,
+    is_job_id,
+    job_id_for,
+    job_of,
+    new_ulid,
+    open_dir,
+)
+
+BATCH: Final = 256  # claims between two pairs of folder fsyncs, and in one message
+WINDOW: Final = 4096  # entries one look considers, the oldest first: memory stays bounded
+
+# This entry cannot be moved, whatever we do: not ours, immutable, or a mount point.
+_UNMOVABLE: Final = {errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV}
+_UNREADABLE: Final = {errno.EPERM, errno.EACCES, errno.EIO, errno.ELOOP, errno.ENXIO}
+
+_log = structlog.get_logger("comfyd.spool")
+
+
+class Entry(NamedTuple):
+    """Something in ``new/`` as lstat saw it; equal as long as it is unchanged, sorts by age."""
+
+    ctime_ns: int
+    name: str
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+
+class Look(NamedTuple):
+    """What one look into ``new/`` found.
+
+    Attributes:
+      ready: To be claimed now, in this order.
+      again_s: When the next look is worth it, in seconds; None if nothing there is waiting.
+
+    """
+
+    ready: list[Entry]
+    again_s: float | None
+
+
+class Taken(NamedTuple):
+    """What became of some entries.
+
+    Attributes:
+      claims: In arrival order.
+      pickup_s: From completion to claim, in seconds, one for each claim.
+      unmovable: One sentence for each entry that has to stay, told once.
+
+    """
+
+    claims: list[Claimed]
+    pickup_s: list[float]
+    unmovable: list[str]
+
+
+def _never(job: JobId) -> bool:
+    return False
+
+
+class Intake:
+    """Claims files and makes their first rows; one thread at a time, but for ``adopt``.
+
+    Args:
+      settle_s: Without an event, an entry is taken once unchanged for so long.
+      max_file_bytes: Nothing larger is read.
+      max_attempts: For jobs that do not say.
+      next_seq: The next arrival number.
+      draw: A random integer of 50 bits or more, for seeds.
+      now_s: Seconds since the epoch, never going back (see ``comfyd.clock``).
+      known: Whether the journal knows a job; asked only of names that carry a ULID.
+
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        *,
+        settle_s: float,
+        max_file_bytes: int,
+        max_attempts: int,
+        next_seq: Callable[[], int],
+        draw: Callable[[], int],
+        now_s: Callable[[], float],
+        known: Callable[[JobId], bool] = _never,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self.spool = spool
+        self.settle_s = settle_s
+        self._max_file_bytes = max_file_bytes
+        self._max_attempts = max_attempts
+        self._next_seq = next_seq
+        self._draw = draw
+        self._now_s = now_s
+        self._known = known
+        self._random_bytes = random_bytes
+        self._since_s: dict[Entry, float] = {}  # first seen so; WINDOW at most
+        self._unmovable: set[tuple[str, int]] = set()  # told of; forgotten when gone
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    def scan(self) -> Look:
+        """Look at everything in ``new/``; only what is settled by now is ready."""
+        now_s = self._now_s()
+        stuck: set[tuple[str, int]] = set()
+        total = 0
+
+        def movable() -> Iterator[Entry]:
+            nonlocal total
+            for entry in self._entries():
+                total += 1
+                if (entry.name, entry.inode) in self._unmovable:
+                    stuck.add((entry.name, entry.inode))
+                else:
+                    yield entry
+
+        oldest = heapq.nsmallest(WINDOW, movable())
+        self._unmovable = stuck
+        self._since_s = {entry: self._since_s.get(entry, now_s) for entry in oldest}
+        left_s = {
+            entry: since_s + self.settle_s - now_s for entry, since_s in self._since_s.items()
+        }
+        ready = [entry for entry in oldest if left_s[entry] <= 0]
+        again_s = min((left for left in left_s.values() if left > 0), default=None)
+        if ready and total > WINDOW:
+            again_s = 0.0
+        return Look(ready, again_s)
+
+    def named(self, names: Iterable[str]) -> list[Entry]:
+        """The entries of *names* whose writer is known to be done, oldest first."""
+        found = []
+        fd = open_dir(self.spool.new)
+        try:
+            for name in names:
+                if ignored(name):
+                    continue
+                try:
+                    entry = _entry(name, os.stat(name, dir_fd=fd, follow_symlinks=False))
+                except FileNotFoundError:
+                    continue
+                if (name, entry.inode) not in self._unmovable:
+                    found.append(entry)
+        finally:
+            os.close(fd)
+        return sorted(found)
+
+    def _entries(self) -> Iterator[Entry]:
+        fd = open_dir(self.spool.new)
+        try:
+            with os.scandir(fd) as scan:
+                for found in scan:
+                    if ignored(found.name):
+                        continue
+                    try:
+                        yield _entry(found.name, found.stat(follow_symlinks=False))
+                    except FileNotFoundError:
+                        continue
+        finally:
+            os.close(fd)
+
+    # --- claiming --------------------------------------------------------------------------------
+
+    def claim(self, entries: Sequence[Entry]) -> Taken:
+        """Claim *entries*, BATCH at most, in order; what is gone by now is skipped.
+
+        Raises:
+          DiskFull: Nothing was claimed.
+
+        """
+        moved: list[tuple[str, float]] = []
+        unmovable: list[str] = []
+        new_fd, claimed_fd = open_dir(self.spool.new), open_dir(self.spool.claimed)
+        try:
+            for entry in entries[:BATCH]:
+                now_s = self._now_s()
+                try:
+                    with full_disk_told():
+                        payload = self._move(entry, new_fd, claimed_fd, now_s)
+                except FileNotFoundError:
+                    continue
+                except DiskFull:
+                    if moved:
+                        break  # the next call will find out again
+                    raise
+                except OSError as error:
+                    if error.errno not in _UNMOVABLE:
+                        raise
+                    self._unmovable.add((entry.name, entry.inode))
+                    unmovable.append(f"{entry.name!r} in new/ cannot be moved: {error.strerror}")
+                else:
+                    moved.append((payload, max(0.0, now_s - entry.ctime_ns / 1e9)))
+            if moved:
+                os.fsync(claimed_fd)
+                os.fsync(new_fd)
+            claims, pickup_s = [], []
+            for payload, waited_s in moved:
+                if (row := self._row(claimed_fd, payload)) is not None:
+                    claims.append(Claimed(row=row))
+                    pickup_s.append(waited_s)
+        finally:
+            os.close(new_fd)
+            os.close(claimed_fd)
+        return Taken(claims, pickup_s, unmovable)
+
+    def adopt(self, names: Iterable[str]) -> Taken:
+        """Make rows for files in ``claimed/`` that have none: their ids are in their names."""
+        claims, odd = [], []
+        claimed_fd = open_dir(self.spool.claimed)
+        try:
+            for payload in names:
+                if ignored(payload):
+                    continue
+                if not is_job_id(job_of(payload)):
+                    odd.append(f"{payload!r} in claimed/ is none of ours and is left alone")
+                elif (row := self._row(claimed_fd, payload)) is not None:
+                    claims.append(Claimed(row=row))
+        finally:
+            os.close(claimed_fd)
+        return Taken(claims, [0.0] * len(claims), odd)
+
+    def _move(self, entry: Entry, new_fd: int, claimed_fd: int, now_s: float) -> str:
+        ulid = new_ulid(now_s, self._random_bytes(ULID_BYTES))
+        payload = job_id_for(entry.name, ulid, used=self._used) + extension_of(entry.name)
+        os.rename(entry.name, payload, src_dir_fd=new_fd, dst_dir_fd=claimed_fd)
+        return payload
+
+    def _used(self, job: JobId) -> bool:
+        spool = self.spool
+        places: tuple[Path, ...] = (
+            spool.claimed / f"{job}.json",
+            spool.claimed / f"{job}.yaml",
+            spool.stage / job,
+            spool.done / job,
+            spool.failed / job,
+        )
+        return any(os.path.lexists(place) for place in places) or self._known(job)
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def _row(self, claimed_fd: int, payload: str) -> Row | None:
+        """The first row of a claimed file; None if it is gone, by an operator's hand."""
+        sha256 = ""
+        document = None
+        message = ""
+        try:
+            data = self._read(claimed_fd, payload)
+            sha256 = hashlib.sha256(data).hexdigest()
+            document = jobfile.load(data, payload, draw=self._draw)
+        except FileNotFoundError:
+            return None
+        except JobFileError as error:
+            message = error.message
+        except Exception as error:  # noqa: BLE001 - see below
+            # Our own bug, but this file must not kill the daemon again at every start.
+            _log.exception("a job file could not be judged", payload=payload)
+            message = f"comfyd failed to read this file ({type(error).__name__}); please report it."
+        common = Row(
+            job=job_of(payload),
+            seq=self._next_seq(),
+            payload=payload,
+            sha256=sha256,
+            max_attempts=self._max_attempts,
+            claimed_at=self._now_s(),
+        )
+        if document is None:
+            outcome = Outcome(state=State.FAILED, reason=Reason.INVALID_JOB, message=message)
+            return replace(common, state=State.COLLECTING, outcome=outcome)
+        return replace(
+            common,
+            priority=document.priority,
+            metadata=document.metadata,
+            drawn=document.drawn,
+            warnings=document.warnings,
+            max_attempts=document.max_attempts or self._max_attempts,
+        )
+
+    def _read(self, claimed_fd: int, payload: str) -> bytes:
+        self._check(os.stat(payload, dir_fd=claimed_fd, follow_symlinks=False))
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(payload, flags, dir_fd=claimed_fd)
+            with open(fd, "rb") as file:
+                self._check(os.fstat(fd))
+                data = file.read(self._max_file_bytes + 1)
+        except OSError as error:
+            if error.errno not in _UNREADABLE:
+                raise
+            raise JobFileError(
+                f"The file cannot be read ({error.strerror}); make it readable for the daemon."
+            ) from None
+        if len(data) > self._max_file_bytes:
+            raise JobFileError("The file grew while it was read; drop it when it is complete.")
+        return data
+
+    def _check(self, found: os.stat_result) -> None:
+        """Refuse everything but one file of its own, small enough."""
+        if stat.S_ISDIR(found.st_mode):
+            raise JobFileError(
+                "A folder was dropped; this version of comfyd takes single job files, not bundles."
+            )
+        if stat.S_ISLNK(found.st_mode):
+            raise JobFileError("A symbolic link was dropped; drop a copy of the file itself.")
+        if not stat.S_ISREG(found.st_mode):
+            raise JobFileError("What was dropped is no regular file; drop a copy of its content.")
+        if found.st_nlink != 1:
+            raise JobFileError(
+                "The file has other names (hard links); drop a copy that has only this one."
+            )
+        if found.st_size > self._max_file_bytes:
+            raise JobFileError(
+                f"The file has {found.st_size} bytes; jobs.max_file_bytes allows "
+                f"{self._max_file_bytes}."
+            )
+
+
+def _entry(name: str, found: os.stat_result) -> Entry:
+    return Entry(found.st_ctime_ns, name, found.st_ino, found.st_size, found.st_mtime_ns)
