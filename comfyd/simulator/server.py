@@ -104,7 +104,7 @@ class Simulator:
     @property
     def pending(self) -> list[str]:
         """Ids of the waiting prompts, next first."""
-        return [item[1] for item in sorted(self._memory.queue.pending, key=lambda i: i[:2])]
+        return [item[1] for item in sorted(self._memory.queue.pending, key=lambda item: item[:2])]
 
     @property
     def history(self) -> list[str]:

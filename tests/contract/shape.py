@@ -1,4 +1,4 @@
-"""What two runs of one scenario must have in common: the kinds of steps and the keys of the JSON."""
+"""What two runs of one scenario have in common: the kinds of steps and the keys of the JSON."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def through(class_type: str, *, save: str = "2", **inputs: object) -> Graph:
     return graph
 
 
-SCALE = {"upscale_method": "bilinear", "width": 8, "height": 8, "crop": "disabled"}
+SCALE: dict[str, Any] = {"upscale_method": "bilinear", "width": 8, "height": 8, "crop": "disabled"}
 NODE_ERRORS: list[tuple[Graph, str, str]] = [
     (saved(["1", 0], color=-1), "1", "value_smaller_than_min"),
     (saved(["1", 0], width=99999), "1", "value_bigger_than_max"),

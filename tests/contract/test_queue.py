@@ -55,14 +55,13 @@ async def test_an_item_is_number_id_graph_extra_data_and_outputs(session: Sessio
 
 
 async def test_extra_data_is_kept_in_the_record(session: Session) -> None:
-    body = {
-        "prompt": graphs.success(session.prefix, session.colour),
-        "prompt_id": session.new_prompt_id(),
-        "extra_data": {"comfyd": {"job": "j", "attempt": 1}},
-    }
+    prompt_id = session.new_prompt_id()
+    extra_data = {"comfyd": {"job": "j", "attempt": 1}}
+    graph = graphs.success(session.prefix, session.colour)
+    body = {"prompt": graph, "prompt_id": prompt_id, "extra_data": extra_data}
     await session.http("POST", "/prompt", json=body)
-    record = await session.wait_recorded(body["prompt_id"])
-    assert record["prompt"][3] == body["extra_data"]
+    record = await session.wait_recorded(prompt_id)
+    assert record["prompt"][3] == extra_data
 
 
 async def test_a_deleted_prompt_leaves_no_trace(session: Session) -> None:
