@@ -98,7 +98,10 @@ def parse(text: str) -> Node | None:
         ) from None
     except yaml.reader.ReaderError as error:
         raise ConfigError(
-            "", f"holds a character that YAML does not allow: {error.character!a}"
+            "",
+            f"holds a character that YAML does not allow: {text[error.position]!a}",
+            line=text.count("\n", 0, error.position) + 1,
+            col=error.position - text.rfind("\n", 0, error.position),
         ) from None
     except ValueError:  # PyYAML does int() and chr() on what it finds in directives and escapes
         raise ConfigError("", "is not valid YAML: a number in it is out of range") from None
@@ -116,8 +119,9 @@ class _Frame:
         """Dotted path of the value that comes next."""
         if isinstance(self.node, Sequence):
             return f"{self.path}[{len(self.node.items)}]"
-        key = self.key.text if self.key else ""
-        return f"{self.path}.{key}" if self.path else key
+        if self.key is None:
+            return self.path
+        return f"{self.path}.{self.key.text}" if self.path else self.key.text
 
     def wants_key(self) -> bool:
         return isinstance(self.node, Mapping) and self.key is None

@@ -29,7 +29,7 @@ _SIZE_UNITS: Final = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
-_QUANTITY: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)")
+_QUANTITY: Final = re.compile(r"([0-9]{1,19}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)")
 _INTEGER: Final = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
