@@ -2,7 +2,7 @@
 
 The end signal is ``executing`` with ``node: null`` and our ``prompt_id`` (ComfyUI main.py sends it
 after the history record is in place). It is only a reason to look: the verdict is the record's, by
-the last entry of ``status.messages``; ``status_str`` can be another prompt's (ComfyUI execution.py).
+the last entry of ``status.messages``; ``status_str`` can be another prompt's (execution.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def judge(row: Row, record: Record) -> Outcome:
                 return Outcome(
                     state=State.FAILED,
                     reason=Reason.EXECUTION_ERROR,
-                    message=f"Server {row.server} recorded an error without saying where; see its log.",
+                    message=f"Server {row.server} recorded an error without a place; see its log.",
                 )
             return Outcome(
                 state=State.FAILED,

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from comfyd.core import job as jobs
-from comfyd.core import rules
+from comfyd.core import lifecycle, rules
 from comfyd.core.facts import (
     Accepted,
     Answer,
@@ -36,7 +35,18 @@ from comfyd.core.facts import (
     SubmitUnknown,
     Tick,
 )
-from comfyd.core.job import Context, Job, Step
+from comfyd.core.job import (
+    Assigned,
+    Context,
+    Doubted,
+    Due,
+    Job,
+    JobFact,
+    Orphaned,
+    Step,
+    is_stale,
+    job_of,
+)
 from comfyd.core.model import JobId, PromptId, Row, ServerName, State
 from comfyd.core.notes import Note
 from comfyd.core.orders import Order, Refill
@@ -154,7 +164,7 @@ class Engine:
         for row in rows:
             clamped = _clamp(row, now_s)
             context = Context(now_s=now_s, u=u, policy=self.policy)
-            self._apply(row, jobs.load(clamped, context, crashed=crashed), now_s)
+            self._apply(row, lifecycle.load(clamped, context, crashed=crashed), now_s)
 
     def handle(self, fact: Fact, *, now_s: float, u: float) -> None:
         """Apply one fact. Raises ProtocolViolation for one that cannot be."""
@@ -203,6 +213,10 @@ class Engine:
                         deadline_s = opens_s
         return min(deadline_s, self._next_delayed_s)
 
+    def knows(self, prompt_id: PromptId) -> bool:
+        """Whether *prompt_id* is the current attempt of a job at hand."""
+        return prompt_id in self._prompts
+
     @property
     def active(self) -> int:
         """Jobs at hand that are not just waiting in the queue."""
@@ -211,14 +225,14 @@ class Engine:
     def stale(self, server: ServerName, *, now_s: float) -> int:
         """Prompts on *server* that have been silent for longer than ``stale_after``."""
         return sum(
-            jobs.is_stale(self.jobs[job_id], self.policy, now_s=now_s)
+            is_stale(self.jobs[job_id], self.policy, now_s=now_s)
             for job_id in self.on_server[server]
         )
 
     # --- jobs ------------------------------------------------------------------------------------
 
-    def _job_fact(self, fact: jobs.JobFact, now_s: float, u: float) -> None:
-        job_id = jobs.job_of(fact)
+    def _job_fact(self, fact: JobFact, now_s: float, u: float) -> None:
+        job_id = job_of(fact)
         job = None if job_id is None else self.jobs.get(job_id)
         if job is None:
             if isinstance(fact, Answer):
@@ -232,10 +246,10 @@ class Engine:
         self._step(job, fact, now_s, u, culprit=culprit)
 
     def _step(
-        self, job: Job, fact: jobs.JobFact, now_s: float, u: float, *, culprit: bool = False
+        self, job: Job, fact: JobFact, now_s: float, u: float, *, culprit: bool = False
     ) -> None:
         context = Context(now_s=now_s, u=u, policy=self.policy, culprit=culprit)
-        self._apply(job.row, jobs.step(job, fact, context), now_s)
+        self._apply(job.row, lifecycle.step(job, fact, context), now_s)
 
     def _apply(self, before: Row, done: Step, now_s: float) -> None:
         """Keep what a step made: the only place where a job in memory changes."""
@@ -323,7 +337,7 @@ class Engine:
             return
         context = Context(now_s=now_s, u=u, policy=self.policy)
         self.counts[row.state] += 1
-        self._apply(row, jobs.load(row, context, crashed=False), now_s)
+        self._apply(row, lifecycle.load(row, context, crashed=False), now_s)
         self._pending.dirty[row.job] = None
         self._pending.urgent = True
         invalid = row.outcome is not None
@@ -338,7 +352,7 @@ class Engine:
         for row in fact.rows:
             if row.job not in self.jobs:
                 context = Context(now_s=now_s, u=u, policy=self.policy)
-                self._apply(row, jobs.load(_clamp(row, now_s), context, crashed=False), now_s)
+                self._apply(row, lifecycle.load(_clamp(row, now_s), context, crashed=False), now_s)
 
     def _assign(self, now_s: float, u: float) -> None:
         """Give queued jobs, best first, to the least loaded servers with room."""
@@ -347,7 +361,7 @@ class Engine:
                 break
             entry = heapq.heappop(self._queue)
             if self._is_queued(entry):
-                assigned = jobs.Assigned(
+                assigned = Assigned(
                     server.name, server.origin, server.client_id if server.hearing else None
                 )
                 self._step(self.jobs[entry[2]], assigned, now_s, u)
@@ -383,7 +397,7 @@ class Engine:
     def _breaker(
         self, job: Job, fact: Accepted | Rejected | NotSent | SubmitUnknown, now_s: float, u: float
     ) -> None:
-        """A server that turns submissions away is left alone for a while; the job is not to blame."""
+        """Leave a server that turns submissions away alone for a while; no job is to blame."""
         row = job.row
         if row.server not in self.servers or fact.token.attempt != row.attempt:
             return
@@ -413,11 +427,14 @@ class Engine:
         match fact:
             case Connected():
                 self._set(
-                    fact.server, client_id=fact.client_id, run_average_s=None, failures=0,
+                    fact.server,
+                    client_id=fact.client_id,
+                    run_average_s=None,
+                    failures=0,
                     closed_until_s=0.0,
                 )
                 for job in here:  # the sweep: nothing is ever replayed to a new connection
-                    self._step(job, jobs.Doubted(), now_s, u)
+                    self._step(job, Doubted(), now_s, u)
             case Disconnected():
                 if server.client_id is not None:
                     grace_s = self.policy.listen_grace_s
@@ -425,17 +442,17 @@ class Engine:
                 cause = "deaf" if fact.cause == "deaf" else "disconnected"
                 for job in here:
                     if job.live.orphan == "":
-                        self._step(job, jobs.Orphaned(cause), now_s, u)
+                        self._step(job, Orphaned(cause), now_s, u)
             case StalledPublisher():
                 self._set(fact.server, stalled=fact.stalled)
                 for job in here if fact.stalled else []:
-                    self._step(job, jobs.Orphaned("deaf"), now_s, u)
+                    self._step(job, Orphaned("deaf"), now_s, u)
             case QueueSeen():
                 self._set(fact.server, remaining=fact.remaining)
                 for job in here if fact.remaining == 0 else []:
                     # The end signal follows this message; look only if it does not.
                     within_s = self.policy.ending_grace_s
-                    self._step(job, jobs.Doubted(within_s), now_s, u)
+                    self._step(job, Doubted(within_s), now_s, u)
             case Health():
                 self._set(fact.server, up=fact.ok, refusal=fact.refusal)
 
@@ -448,7 +465,7 @@ class Engine:
         self._set(name, run_average_s=mixed_s)
 
     def _is_culprit(self, job: Job) -> bool:
-        """Whether *job* is to blame if its server just lost its memory and nobody was seen running."""
+        """Whether *job* is to blame if its server lost its memory and nobody was seen running."""
         name = job.row.server
         if name not in self.servers or self.servers[name].death_charged:
             return False
@@ -483,14 +500,14 @@ class Engine:
             job = self.jobs[job_id]
             earlier = job.row.state is State.SUBMITTED and not job.live.ended
             if earlier and _submission_order(job.row) < _submission_order(started):
-                self._step(job, jobs.Doubted(), now_s, u)
+                self._step(job, Doubted(), now_s, u)
 
     def _tick(self, now_s: float, u: float) -> None:
         while self._due and self._due[0][0] <= now_s:
             due_s, job_id = heapq.heappop(self._due)
             job = self.jobs.get(job_id)
             if job is not None and job.live.look_s == due_s:
-                self._step(job, jobs.Due(), now_s, u)
+                self._step(job, Due(), now_s, u)
 
 
 def _submission_order(row: Row) -> tuple[float, float, int]:
@@ -507,6 +524,8 @@ def _bump(row: Row, expected: int) -> Row:
 def _clamp(row: Row, now_s: float) -> Row:
     times = ("claimed_at", "submitted_at", "started_at", "ended_at", "published_at")
     late = {
-        name: now_s for name in times if getattr(row, name) is not None and getattr(row, name) > now_s
+        name: now_s
+        for name in times
+        if getattr(row, name) is not None and getattr(row, name) > now_s
     }
     return msgspec.structs.replace(row, **late) if late else row

@@ -181,7 +181,7 @@ Answer = (
 
 
 class Sign(enum.Enum):
-    """What a message said of a prompt, weakest first; a later, weaker one never hides a stronger."""
+    """What a message said of a prompt, weakest first; a weaker one never hides a stronger."""
 
     ALIVE = "alive"  # progress, executed, a node: the prompt is running
     ENDING = "ending"  # execution_success, _error or _interrupted: about to be recorded
@@ -209,7 +209,7 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """Answer to Refill: the next due queued rows, best first, and when the next delayed one is due."""
+    """Answer to Refill: the next due rows, best first, and when the next delayed one is due."""
 
     rows: tuple[Row, ...]
     next_due_s: float | None = None

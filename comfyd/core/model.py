@@ -93,7 +93,7 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of all values that are stored: frozen, compared by content."""
 
 
-class FileRef(Value):
+class FileRef(Value, frozen=True):
     """One file a record names, by the server's own words; never a local path.
 
     Attributes:
@@ -110,7 +110,7 @@ class FileRef(Value):
     type: str = "output"
 
 
-class NodeFailure(Value):
+class NodeFailure(Value, frozen=True):
     """What an ``execution_error`` said, without inputs or local paths."""
 
     node: str
@@ -119,7 +119,7 @@ class NodeFailure(Value):
     message: str
 
 
-class Record(Value):
+class Record(Value, frozen=True):
     """A history record, decoded and bounded.
 
     Attributes:
@@ -138,7 +138,7 @@ class Record(Value):
     ours: tuple[str, int] | None = None
 
 
-class Outcome(Value):
+class Outcome(Value, frozen=True):
     """How a job ends: decided once, when it starts collecting.
 
     Attributes:
@@ -155,7 +155,7 @@ class Outcome(Value):
     detail: dict[str, Any] = {}
 
 
-class Staged(Value):
+class Staged(Value, frozen=True):
     """A complete result in ``stage/``, not yet visible.
 
     Attributes:
@@ -170,7 +170,7 @@ class Staged(Value):
     bytes: int = 0
 
 
-class Row(Value):
+class Row(Value, frozen=True):
     """What the journal holds of a job: everything that must survive a crash.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Notes: what happened, as values. Events for ``show``, metrics and log lines all derive from them."""
+"""Notes: what happened, as values. Events, metrics and log lines all derive from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orders the core gives. Imperative, frozen, complete: a shell needs nothing else to carry one out."""
+"""Orders the core gives. Imperative, frozen, complete: a shell needs nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every number the core decides by. Built from the configuration; tests and the explorer make their own."""
+"""Every number the core decides by, built from the configuration; tests make their own."""
 
 from __future__ import annotations
 

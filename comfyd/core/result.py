@@ -12,7 +12,7 @@ from comfyd.core.present import rfc3339
 SCHEMA: Final = 1
 
 
-class Output(Value):
+class Output(Value, frozen=True):
     """One downloaded file.
 
     Attributes:

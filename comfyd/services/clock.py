@@ -1,7 +1,7 @@
 """The one clock: monotonic while the process lives, and set to UTC when it started.
 
-Rows, deadlines and results all speak its seconds, so nothing is converted on the way to the journal,
-and a wall clock that jumps moves no deadline. A restart sets it anew.
+Rows, deadlines and results all speak its seconds, so nothing is converted on the way to the
+journal, and a wall clock that jumps moves no deadline. A restart sets it anew.
 """
 
 from __future__ import annotations

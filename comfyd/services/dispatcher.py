@@ -61,7 +61,7 @@ class Dispatcher:
         self._waiting = EngineBatch()  # changes that ride with the next commit
         self._lazy_since_s = math.inf
         self.waits_for_space = False
-        self.last_settled_s = clock.now_s()
+        self._settled = trio.Event()
 
     async def run(self) -> NoReturn:
         """Drive the engine for ever.
@@ -82,6 +82,12 @@ class Dispatcher:
         now_s = self._clock.now_s()
         for fact in facts:
             self._engine.handle(fact, now_s=now_s, u=self._draw())
+
+    async def settled(self) -> None:
+        """Until the next batch of facts has been dealt with."""
+        if self._settled.is_set():
+            self._settled = trio.Event()
+        await self._settled.wait()
 
     async def _settle(self) -> None:
         """Commit what came of the facts, then release it."""
@@ -105,7 +111,7 @@ class Dispatcher:
             # Read here and now, so that what is read cannot be older than what is in memory.
             rows = await self._journal.candidates(refill.count, self._clock.now_s())
             self._handle([rows])
-        self.last_settled_s = self._clock.now_s()
+        self._settled.set()
         self._on_deadline(self._engine.next_deadline_s())
 
     async def flush(self) -> None:
@@ -141,9 +147,7 @@ class Dispatcher:
 
 
 def _joined(first: EngineBatch, second: EngineBatch) -> EngineBatch:
-    return EngineBatch(
-        changes=first.changes + second.changes, notes=first.notes + second.notes
-    )
+    return EngineBatch(changes=first.changes + second.changes, notes=first.notes + second.notes)
 
 
 def _stored(change: Change) -> Insert | Update:

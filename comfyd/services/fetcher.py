@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import trio
 
@@ -38,7 +38,7 @@ from comfyd.spool.delivery import (
     publish,
     retire,
 )
-from comfyd.spool.layout import Spool
+from comfyd.spool.layout import Spool, full_disk_told
 
 # A file that is not there, or is wrong, is asked for so often before that is believed.
 _TRIES: Final = 3
@@ -133,15 +133,17 @@ async def collect(
             counted[ref.node] += 1
             try:
                 if client is None:
-                    raise _Unobtainable(Uncollected.SERVER, f"server {row.server} is not configured")
+                    raise _Unobtainable(
+                        Uncollected.SERVER, f"server {row.server} is not configured"
+                    )
                 outputs.append(await _obtain(ref, index, stage, client, limits, on_retry))
             except _Unobtainable as error:
                 if row.outcome.state is State.DONE or error.cause is Uncollected.SERVER:
-                    return CollectFailed(token=order.token, cause=error.cause, message=error.message)
+                    return CollectFailed(
+                        token=order.token, cause=error.cause, message=error.message
+                    )
                 warnings.append(error.message)
-        staged = await trio.to_thread.run_sync(
-            _finish, stage, row, outputs, warnings, now_s()
-        )
+        staged = await trio.to_thread.run_sync(_finish, stage, row, outputs, warnings, now_s())
     except DiskFull as error:
         return CollectFailed(token=order.token, cause=Uncollected.DISK, message=str(error))
     return Collected(token=order.token, staged=staged)
@@ -211,7 +213,7 @@ async def _download(
         )
     name = local_name(ref.node, index, ref.filename, got.head)
     await trio.to_thread.run_sync(_seal, stage, part, name)
-    return Output(ref=ref, file=name, bytes=got.bytes, sha256=got.sha256)
+    return Output(ref=ref, file=name, bytes=got.size_bytes, sha256=got.sha256)
 
 
 class _File:
@@ -221,8 +223,6 @@ class _File:
         self._fd = fd
 
     def write(self, chunk: bytes) -> None:
-        from comfyd.spool.layout import full_disk_told
-
         with full_disk_told():
             view = memoryview(chunk)
             while view:
@@ -265,7 +265,7 @@ def show(order: Publish, spool: Spool) -> Answer:
     """One rename into ``done/`` or ``failed/``. Blocking."""
     row, token = order.row, order.token
     assert row.outcome is not None
-    place = "done" if row.outcome.state is State.DONE else "failed"
+    place: Literal["done", "failed"] = "done" if row.outcome.state is State.DONE else "failed"
     try:
         result = publish(spool, row, place=place)
     except DiskFull as error:

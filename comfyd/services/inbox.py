@@ -1,4 +1,4 @@
-"""Where facts wait for the dispatcher: never blocking those who bring them, and bounded all the same."""
+"""Where facts wait for the dispatcher: bounded, without ever blocking those who bring them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Restart policy, in one place: a task that fails as servers fail is started again; a bug is not."""
+"""Restart policy, in one place: what fails as servers fail is started again; a bug is not."""
 
 from __future__ import annotations
 

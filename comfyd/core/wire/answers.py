@@ -122,7 +122,7 @@ def _place(item: QueueItem) -> tuple[float, str]:
 
 def _item(item: _Item) -> QueueItem:
     try:
-        extra, _ = decode(bytes(item.extra_data), _extra)
+        extra, _ = decode(bytes(item.extra_data), _extra, lax=False)
     except Malformed:
         extra = _Extra()  # not one of ours: we always send an object
     return QueueItem(

@@ -18,6 +18,7 @@ from comfyd.core.wire.tolerant import Malformed, decode, line
 
 MAX_PROMPT_ID_CHARS = 128  # a UUID has 36; older servers take any text
 MAX_REMAINING = 2**53
+MAX_REPAIR_CHARS = 16 * 2**20  # a repair takes ten times the memory, and seconds
 
 MESSAGE_TYPES: Final = frozenset(
     {
@@ -136,7 +137,7 @@ def decode_message(text: str) -> Message:
     """Decode one text message. Never raises; unknown types and fields are ignored."""
     type_ = ""
     try:
-        envelope, _ = decode(text, _envelope)
+        envelope, _ = decode(text, _envelope, lax=len(text) <= MAX_REPAIR_CHARS)
         type_ = envelope.type
         return _decode_data(type_, bytes(envelope.data))
     except Malformed as error:
@@ -146,23 +147,23 @@ def decode_message(text: str) -> Message:
 def _decode_data(type_: str, data: bytes) -> Message:
     match type_:
         case "status":
-            status, _ = decode(data, _status)
+            status, _ = decode(data, _status, lax=False)
             remaining = status.status.exec_info.queue_remaining
             if not 0 <= remaining <= MAX_REMAINING:
                 raise Malformed("queue_remaining is out of range")
             return Status(remaining, status.sid)
         case "executing":
-            executing, _ = decode(data, _executing)
+            executing, _ = decode(data, _executing, lax=False)
             prompt_id = _checked(executing.prompt_id)
             return Ended(prompt_id) if executing.node is None else Alive(type_, prompt_id)
         case "execution_start" | "execution_cached" | "progress" | "progress_state" | "executed":
-            return Alive(type_, _checked(decode(data, _prompt)[0].prompt_id))
+            return Alive(type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id))
         case "execution_success":
-            return Ending(type_, _checked(decode(data, _prompt)[0].prompt_id), End.SUCCESS)
+            return Ending(type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id), End.SUCCESS)
         case "execution_interrupted":
-            return Ending(type_, _checked(decode(data, _prompt)[0].prompt_id), End.INTERRUPTED)
+            return Ending(type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id), End.INTERRUPTED)
         case "execution_error":
-            failed, _ = decode(data, _error)
+            failed, _ = decode(data, _error, lax=False)
             prompt_id = _checked(failed.prompt_id)
             if failed.exception_type == "ExecutionBlocked":  # the prompt goes on (execution.py)
                 return Alive(type_, prompt_id)

@@ -23,8 +23,10 @@ class Malformed(ValueError):
     """The input is not JSON, or not of the shape asked for. Its text is fit for people."""
 
 
-def decode(source: bytes | str, decoder: msgspec.json.Decoder[T]) -> tuple[T, int]:
-    """Decode *source*, repairing it first if need be.
+def decode(
+    source: bytes | str, decoder: msgspec.json.Decoder[T], *, lax: bool = True
+) -> tuple[T, int]:
+    """Decode *source*, repairing it first if need be (and if *lax*).
 
     Returns:
       The value, and how many numbers had to become null (NaN, infinities).
@@ -37,8 +39,9 @@ def decode(source: bytes | str, decoder: msgspec.json.Decoder[T]) -> tuple[T, in
         return decoder.decode(source), 0
     except RecursionError:
         raise Malformed("the JSON is nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeError):
-        pass  # strictness may be all that is wrong
+    except (msgspec.DecodeError, UnicodeError) as error:
+        if not lax:
+            raise Malformed(line(str(error), 200)) from None
     try:
         repaired, nulled = repair(source)
         return decoder.decode(repaired), nulled

@@ -1,0 +1,312 @@
+"""The composition root: builds every part, opens the nursery, and is the only place that does.
+
+Read `run` top to bottom to see what the daemon is made of, in which order it comes up and goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any, Final, NoReturn
+
+import msgspec
+import structlog
+import trio
+from prometheus_client import CollectorRegistry
+
+from comfyd import __version__, sdnotify
+from comfyd.config import Config
+from comfyd.core.engine import Engine
+from comfyd.core.engine import Server as EngineServer
+from comfyd.core.model import JobId, ServerName, State
+from comfyd.core.policy import Policy
+from comfyd.core.snapshot import Snapshot
+from comfyd.errors import SpoolBusy
+from comfyd.journal.lock import StateLock
+from comfyd.journal.sqlite import SqliteStore
+from comfyd.journal.store import Batch, Update
+from comfyd.journal.thread import Journal
+from comfyd.metrics import Metrics
+from comfyd.services.clock import Clock
+from comfyd.services.dispatcher import Auditor, Dispatcher
+from comfyd.services.inbox import Inbox
+from comfyd.services.link import Link
+from comfyd.services.overview import Overview, Watched, count_files
+from comfyd.services.supervisor import supervise
+from comfyd.services.teller import Teller
+from comfyd.services.workshop import OrderFailed, Workshop
+from comfyd.spool import delivery
+from comfyd.spool.intake import Intake
+from comfyd.spool.layout import Spool, job_of
+from comfyd.spool.watcher import watch
+from comfyd.web import control, serve, site
+from comfyd.web.api import Reads
+from comfyd.web.desk import Desk
+from comfyd.web.exporter import Readiness
+
+# Files stay in new/ while so many jobs are at hand besides the queue: memory stays bounded.
+ACTIVE_MAX: Final = 1024
+ADOPT: Final = 256  # files in claimed/ looked up at once
+LOCK_PATIENCE_S: Final = 3.0  # a reader holds the lock for a moment
+FAREWELL_S: Final = 4.0
+REFRESH_S: Final = 10.0
+
+_log: Any = structlog.get_logger("comfyd")
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A running daemon, for those who started it in their own process.
+
+    Attributes:
+      stop: Ends `run` in an orderly way.
+
+    """
+
+    http_url: str
+    journal: Journal
+    snapshot: Callable[[], Awaitable[Snapshot]]
+    stop: Callable[[], None]
+
+
+def policy_of(config: Config) -> Policy:
+    """The core's numbers, from the configuration."""
+    return Policy(
+        completion_attempts=config.completion.attempts,
+        completion_backoff_s=config.completion.backoff_s,
+        audit_interval_s=config.audit.interval_s,
+        stale_after_s=config.audit.stale_after_s,
+        orphan_interval_s=config.audit.orphan_interval_s,
+        lost_grace_s=config.audit.lost_grace_s,
+        abandon_after_s=config.audit.abandon_after_s,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _locked(config: Config) -> AsyncIterator[None]:
+    """Own the state folder and the spool, or raise SpoolBusy."""
+    with contextlib.ExitStack() as stack:
+        for path in (config.state / "lock", config.spool / ".lock"):
+            patience = trio.current_time() + LOCK_PATIENCE_S
+            while True:
+                try:
+                    stack.enter_context(StateLock(path).acquire())
+                    break
+                except SpoolBusy:
+                    if trio.current_time() > patience:
+                        raise
+                    await trio.sleep(0.1)
+        yield
+
+
+async def run(
+    config: Config,
+    *,
+    signals: bool = False,
+    task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """The whole daemon, until it is cancelled or, with *signals*, until SIGTERM or SIGINT.
+
+    Raises:
+      ConfigError: A folder or an address cannot be used.
+      SpoolBusy: Another daemon owns the spool or the state folder.
+      ComfydError, or a group with a bug in it: fail-stop; a restart carries on from the journal.
+
+    """
+    spool = Spool(config.spool)
+    config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    await trio.to_thread.run_sync(spool.prepare)
+    clock = Clock()
+    metrics = Metrics(CollectorRegistry(), version=__version__)
+    metrics.prepare([server.name for server in config.servers])
+    metrics.config_read(ok=True, at=clock.now_s())
+    async with _locked(config):
+        open_store = partial(SqliteStore.open, config.state / "comfyd.db")
+        async with Journal(open_store, on_commit=metrics.journal_commit) as journal:
+            try:
+                await _run(config, spool, clock, metrics, journal, signals, task_status)
+            except* OrderFailed as group:
+                await _record_crash(journal, _jobs_at_hand(group))
+                raise
+
+
+async def _run(
+    config: Config,
+    spool: Spool,
+    clock: Clock,
+    metrics: Metrics,
+    journal: Journal,
+    signals: bool,
+    task_status: trio.TaskStatus[Daemon],
+) -> None:
+    """From an open journal to the end of the nursery."""
+    names = [ServerName(server.name) for server in config.servers]
+    engine = Engine(
+        [
+            EngineServer(name=ServerName(s.name), origin=s.url, window=s.window)
+            for s in config.servers
+        ],
+        policy_of(config),
+        await journal.counts(),
+    )
+    inbox = Inbox(engine.knows)
+    links = {
+        name: Link(server, config, inbox, metrics, clock)
+        for name, server in zip(names, config.servers, strict=True)
+    }
+    auditor = Auditor(inbox, clock)
+    active = await journal.active()
+    crashed = not journal.opened_cleanly()
+    if crashed:
+        _log.warning("recovering", jobs=len(active))
+    await trio.to_thread.run_sync(delivery.reap, spool, {row.job for row in active})
+    engine.load(active, crashed=crashed, now_s=clock.now_s(), u=random.random())
+
+    async with trio.open_nursery() as nursery:
+        if signals:
+            await nursery.start(_stop_on_signal, nursery.cancel_scope)
+        workshop = Workshop(nursery, links, spool, config, inbox, metrics, clock)
+        dispatcher = Dispatcher(
+            engine,
+            inbox,
+            journal,
+            clock,
+            perform=workshop.perform,
+            observe=Teller(metrics).tell,
+            on_deadline=auditor.set_deadline,
+        )
+        overview = Overview(
+            engine,
+            journal,
+            spool,
+            clock,
+            version=__version__,
+            watched={name: _watched(link) for name, link in links.items()},
+            waiting=lambda: "Waiting for space on a disk." if dispatcher.waits_for_space else "",
+        )
+        desk = Desk(journal, engine, inbox, dispatcher, overview)
+        watched = trio.Event()
+        listen = config.metrics.listen
+        pages = site.build(
+            metrics,
+            Reads(snapshot=overview.snapshot, rows=desk.rows, story=desk.exactly),
+            lambda: Readiness(
+                journal_open=True, spool_watched=watched.is_set(), listener_bound=True
+            ),
+        )
+        host, port = await nursery.start(
+            partial(serve.serve, pages, listen.host, listen.port, stop=trio.Event())
+        )
+        await nursery.start(control.serve_control, config.state / "control.sock", desk.verbs())
+        for link in links.values():
+            for task, body in link.tasks():
+                nursery.start_soon(partial(supervise, task, body, on_restart=metrics.task_restart))
+        nursery.start_soon(auditor.run)
+        nursery.start_soon(dispatcher.run)
+        intake = Intake(
+            spool,
+            settle_s=config.watch.settle_s,
+            max_file_bytes=config.jobs.max_file_bytes,
+            max_attempts=config.jobs.max_attempts,
+            next_seq=count(await journal.last_seq() + 1).__next__,
+            draw=lambda: random.getrandbits(53),
+            now_s=clock.now_s,
+            known=lambda job: trio.from_thread.run(journal.get, job) is not None,
+        )
+        nursery.start_soon(_adopt, spool, journal, intake, inbox)
+        await nursery.start(
+            partial(
+                watch,
+                intake,
+                rescan_s=config.watch.rescan_s,
+                send=inbox.claim,
+                paused=lambda: engine.active > ACTIVE_MAX or dispatcher.waits_for_space,
+                on_pickup=metrics.spool_pickup,
+                on_unmovable=partial(metrics.spool_rejected, "unmovable"),
+            )
+        )
+        watched.set()
+        nursery.start_soon(_refresh, spool, metrics, overview)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        _log.info("ready", http=url, spool=str(config.spool), servers=len(links))
+        sdnotify.notify(READY="1", STATUS=overview.status_line())
+        task_status.started(Daemon(url, journal, overview.snapshot, nursery.cancel_scope.cancel))
+    sdnotify.notify(STOPPING="1")
+    with trio.move_on_after(FAREWELL_S, shield=True):
+        await dispatcher.flush()
+        for link in links.values():
+            await link.client.aclose()
+    _log.info("stopped")
+
+
+async def _stop_on_signal(
+    scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Cancel *scope* on the first SIGTERM or SIGINT; a second one kills as usual."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        task_status.started()
+        async for number in received:
+            _log.info("stopping", signal=signal.Signals(number).name)
+            break
+    scope.cancel()
+
+
+async def _adopt(spool: Spool, journal: Journal, intake: Intake, inbox: Inbox) -> None:
+    """Once, after the start: make rows for claimed files that a crash left without one."""
+    names = await trio.to_thread.run_sync(lambda: sorted(os.listdir(spool.claimed)))
+    for at in range(0, len(names), ADOPT):
+        batch = {job_of(name): name for name in names[at : at + ADOPT]}
+        missing = await journal.without_rows(batch)
+        taken = await trio.to_thread.run_sync(
+            intake.adopt, [name for job, name in batch.items() if job in missing]
+        )
+        for sentence in taken.unmovable:
+            _log.warning("left_in_claimed", problem=sentence)
+        if taken.claims:
+            _log.info("adopted", jobs=len(taken.claims))
+            await inbox.claim(taken.claims)
+
+
+async def _refresh(spool: Spool, metrics: Metrics, overview: Overview) -> NoReturn:
+    """Keep what nobody tells us of: how full the folders are, and systemd's status line."""
+    while True:
+        for folder, files in (await trio.to_thread.run_sync(count_files, spool)).items():
+            metrics.spool_files(folder, files)
+        sdnotify.notify(STATUS=overview.status_line())
+        await trio.sleep(REFRESH_S)
+
+
+def _watched(link: Link) -> Watched:
+    return Watched(
+        url=link.client.endpoint.base_url,
+        tracker=lambda: link.tracker.state,
+        stats=lambda: link.health.stats,
+        reason=lambda: link.health.reason,
+    )
+
+
+def _jobs_at_hand(group: BaseExceptionGroup[OrderFailed]) -> Iterator[JobId]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _jobs_at_hand(error)
+        else:
+            yield error.job
+
+
+async def _record_crash(journal: Journal, jobs: Iterator[JobId]) -> None:
+    """Write down whose order brought the daemon down: three times in a row, and the job is held."""
+    with trio.move_on_after(FAREWELL_S, shield=True):
+        for job in jobs:
+            row = await journal.get(job)
+            # What was being collected is counted by `Engine.load`, which sees an unclean end.
+            if row is not None and not row.state.final and row.state is not State.COLLECTING:
+                crashed = msgspec.structs.replace(
+                    row, crashes=row.crashes + 1, version=row.version + 1
+                )
+                await journal.commit(Batch(changes=(Update(row=crashed, expected=row.version),)))

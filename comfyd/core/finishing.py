@@ -1,0 +1,133 @@
+"""Rules for the end of a job: collecting, publishing, retiring; and for one that is held."""
+
+from __future__ import annotations
+
+import msgspec
+
+from comfyd.core.facts import (
+    Collected,
+    CollectFailed,
+    HoldAsked,
+    PublishConflict,
+    PublishDelayed,
+    Published,
+    ReleaseAsked,
+    Retired,
+    Uncollected,
+)
+from comfyd.core.job import (
+    Ask,
+    Context,
+    Job,
+    Step,
+    durations_s,
+)
+from comfyd.core.model import (
+    Reason,
+    Record,
+    Row,
+    State,
+)
+from comfyd.core.moves import (
+    charge_to,
+    collect_as,
+    failure,
+    hold_as,
+    is_abandoned,
+    move,
+    noted,
+    plan,
+    requeue,
+    with_live,
+    with_row,
+)
+from comfyd.core.policy import exponential_s
+
+
+def collected(job: Job, fact: Collected, ctx: Context) -> Step:
+    note = noted(job, "fetched", outputs=fact.staged.outputs, bytes=fact.staged.bytes)
+    return move(job, State.PUBLISHING, ctx, note, staged=fact.staged, crashes=0)
+
+
+def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
+    row, policy = job.row, ctx.policy
+    assert row.outcome is not None
+    retry = noted(job, "retry", operation="download", reason=fact.cause.value)
+    if fact.cause in {Uncollected.MISSING, Uncollected.INVALID} and row.outcome.state is State.DONE:
+        charged = row.charged + 1
+        lost = noted(job, "lost", cause="outputs", charged=True)
+        if charged < row.max_attempts:
+            return requeue(job, ctx, retry, lost, **charge_to(job, charged, ctx))
+        missing = fact.cause is Uncollected.MISSING
+        reason = Reason.OUTPUT_MISSING if missing else Reason.OUTPUT_INVALID
+        outcome = failure(reason, fact.message)
+        return collect_as(job, outcome, ctx, retry, lost, charged=charged, record=_bare(row))
+    job = with_live(job, tries=job.live.tries + 1)
+    if fact.cause is not Uncollected.DISK:
+        if row.outcome.state is not State.DONE and job.live.tries >= policy.completion_attempts:
+            # It failed anyway: what it produced is a courtesy, not worth waiting for.
+            warning = f"Its outputs could not be fetched: {fact.message}"
+            return collect_as(
+                job, row.outcome, ctx, retry, record=_bare(row), warnings=(*row.warnings, warning)
+            )
+        job = with_live(job, unsure_s=job.live.unsure_s or ctx.now_s)
+        if row.outcome.state is State.DONE and is_abandoned(job, ctx):
+            lost = noted(job, "lost", cause="abandoned", charged=False)
+            return requeue(job, ctx, retry, lost)
+    delay_s = exponential_s(job.live.tries, policy.retry_first_s, policy.retry_max_s, u=ctx.u)
+    return Step(plan(job, Ask.COLLECT, ctx.now_s + delay_s), notes=(retry,), urgent=False)
+
+
+def _bare(row: Row) -> Record | None:
+    """The record without its files: nothing left to download."""
+    return None if row.record is None else msgspec.structs.replace(row.record, files=())
+
+
+def published(job: Job, fact: Published, ctx: Context) -> Step:
+    row = job.row
+    assert row.outcome is not None
+    outcome = row.outcome
+    row = msgspec.structs.replace(row, published_at=ctx.now_s)
+    signal_s = job.live.signal_s
+    finished = noted(
+        Job(row, job.live),
+        "finished",
+        outcome=outcome.state.value,
+        reason=outcome.reason.value if outcome.reason else None,
+        durations_s=durations_s(row),
+        latency_s=None if signal_s is None else ctx.now_s - signal_s,
+    )
+    return move(Job(row, job.live), outcome.state, ctx, finished)
+
+
+def publish_conflict(job: Job, fact: PublishConflict, ctx: Context) -> Step:
+    outcome = job.row.outcome
+    assert outcome is not None
+    if outcome.state is State.DONE:
+        return collect_as(job, failure(Reason.CONFLICT, fact.message), ctx, record=_bare(job.row))
+    return _publish_again(job, "conflict", ctx)  # failed/ is taken too: a person must look
+
+
+def publish_delayed(job: Job, fact: PublishDelayed, ctx: Context) -> Step:
+    return _publish_again(job, "disk", ctx)
+
+
+def _publish_again(job: Job, reason: str, ctx: Context) -> Step:
+    job = with_live(job, tries=job.live.tries + 1)
+    delay_s = exponential_s(
+        job.live.tries, ctx.policy.retry_first_s, ctx.policy.retry_max_s, u=ctx.u
+    )
+    retry = noted(job, "retry", operation="completion", reason=reason)
+    return Step(plan(job, Ask.PUBLISH, ctx.now_s + delay_s), notes=(retry,), urgent=False)
+
+
+def retired(job: Job, fact: Retired, ctx: Context) -> Step:
+    return Step(with_row(job, retired=True), urgent=False)
+
+
+def held(job: Job, fact: HoldAsked, ctx: Context) -> Step:
+    return hold_as(job, fact.reason, ctx)
+
+
+def released(job: Job, fact: ReleaseAsked, ctx: Context) -> Step:
+    return move(job, State.QUEUED, ctx, held="", crashes=0)

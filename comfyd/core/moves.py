@@ -1,0 +1,181 @@
+"""The moves that every rule about a job is made of: give an order, plan a look, enter a state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Final
+
+import msgspec
+
+from comfyd.core import orders
+from comfyd.core.facts import (
+    Token,
+)
+from comfyd.core.job import (
+    Ask,
+    Context,
+    Job,
+    Live,
+    Step,
+)
+from comfyd.core.model import (
+    IN_FLIGHT,
+    Outcome,
+    Reason,
+    Row,
+    State,
+)
+from comfyd.core.notes import Kind, Note
+from comfyd.core.policy import exponential_s
+
+_ORDER_OF: Final[Mapping[Ask, type[orders.JobOrder]]] = MappingProxyType(
+    {
+        Ask.PROBE: orders.Probe,
+        Ask.FETCH: orders.Fetch,
+        Ask.STOP: orders.Stop,
+        Ask.SUBMIT: orders.Submit,
+        Ask.COLLECT: orders.Collect,
+        Ask.PUBLISH: orders.Publish,
+        Ask.RETIRE: orders.Retire,
+    }
+)
+
+# What each state orders when it is entered; the others wait for a fact.
+ON_ENTRY: Final[Mapping[State, Ask]] = MappingProxyType(
+    {
+        State.SUBMITTING: Ask.SUBMIT,
+        State.STOPPING: Ask.STOP,
+        State.COLLECTING: Ask.COLLECT,
+        State.PUBLISHING: Ask.PUBLISH,
+        State.DONE: Ask.RETIRE,
+        State.FAILED: Ask.RETIRE,
+        State.CANCELLED: Ask.RETIRE,
+    }
+)
+
+
+def token_of(job: Job) -> Token:
+    return Token(job.row.job, job.row.attempt, job.live.seq)
+
+
+def with_live(job: Job, **changes: Any) -> Job:
+    return Job(job.row, replace(job.live, **changes))
+
+
+def with_row(job: Job, **changes: Any) -> Job:
+    return Job(msgspec.structs.replace(job.row, **changes), job.live)
+
+
+def noted(job: Job, kind: Kind, *, story: bool = True, **data: Any) -> Note:
+    return Note(kind, job.row.job, job.row.server, data, story)
+
+
+def dropped(job: Job, reason: str) -> Note:
+    return noted(job, "dropped", story=False, reason=reason)
+
+
+def issue(job: Job, ask: Ask) -> Step:
+    """Give the order now, or as soon as the outstanding one is answered."""
+    live = job.live
+    if live.order is not None:
+        return Step(with_live(job, want=max(ask, live.want or ask), look_s=math.inf))
+    job = with_live(job, order=ask, seq=live.seq + 1, look_s=math.inf)
+    return Step(job, (_ORDER_OF[ask](token=token_of(job), row=job.row),))
+
+
+def then(first: Step, second: Step) -> Step:
+    return Step(
+        second.job,
+        first.orders + second.orders,
+        first.notes + second.notes,
+        first.urgent or (second.urgent and second.job.row != first.job.row),
+    )
+
+
+def plan(job: Job, ask: Ask, until_s: float) -> Job:
+    """Look again at *until_s*, or earlier if that was planned already and for no weaker reason."""
+    if job.live.look_s <= until_s and job.live.look >= ask:
+        return job
+    return with_live(job, look=ask, look_s=until_s)
+
+
+def move(job: Job, state: State, ctx: Context, *notes: Note, **changes: Any) -> Step:
+    """Enter *state*: the row, a fresh `Live`, the order on entry."""
+    old = job.live
+    live = Live(
+        seq=old.seq,
+        order=old.order,
+        since_s=ctx.now_s,
+        heard_s=ctx.now_s,
+        ended=old.ended and state in IN_FLIGHT,
+        signal_s=None if state in {State.QUEUED, State.HELD} else old.signal_s,
+        orphan=old.orphan if state in IN_FLIGHT else "",
+        recovered=old.recovered and state in IN_FLIGHT,
+    )
+    job = Job(msgspec.structs.replace(job.row, state=state, **changes), live)
+    moved = Step(job, (), (*notes, noted(job, "moved", state=state.value)))
+    ask = ON_ENTRY.get(state)
+    return moved if ask is None else then(moved, issue(job, ask))
+
+
+def collect_as(job: Job, outcome: Outcome, ctx: Context, *notes: Note, **changes: Any) -> Step:
+    return move(job, State.COLLECTING, ctx, *notes, outcome=outcome, staged=None, **changes)
+
+
+def hold_as(job: Job, reason: str, ctx: Context, *notes: Note) -> Step:
+    return move(job, State.HELD, ctx, *notes, held=reason, **NO_ATTEMPT)
+
+
+def crash_sentence(row: Row) -> str:
+    return (
+        f"The daemon crashed {row.crashes} times in a row with this job at hand;"
+        " look at its log before releasing it."
+    )
+
+
+NO_ATTEMPT: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "server": None,
+        "origin": None,
+        "prompt_id": None,
+        "client_id": None,
+        "number": None,
+        "record": None,
+        "outcome": None,
+        "staged": None,
+        "completion": None,
+        "submitted_at": None,
+        "started_at": None,
+        "ended_at": None,
+    }
+)
+
+
+def requeue(job: Job, ctx: Context, *notes: Note, **changes: Any) -> Step:
+    """Back to the queue with no prompt anywhere; or to the end, if it was to be stopped anyway."""
+    if job.row.why is not None:
+        return collect_as(job, job.row.why, ctx, *notes, **changes)
+    if job.row.crashes >= ctx.policy.max_crashes:
+        return hold_as(with_row(job, **changes), crash_sentence(job.row), ctx, *notes)
+    return move(job, State.QUEUED, ctx, *notes, **{**NO_ATTEMPT, **changes})
+
+
+def charge_to(job: Job, charged: int, ctx: Context) -> dict[str, Any]:
+    """What changes when an attempt is held against the job: others go first for a while."""
+    policy = ctx.policy
+    delay_s = exponential_s(charged, policy.retry_first_s, policy.retry_max_s, u=ctx.u)
+    more = charged > job.row.charged
+    return {"charged": charged, "not_before": ctx.now_s + delay_s if more else 0.0}
+
+
+def failure(reason: Reason, message: str, **detail: Any) -> Outcome:
+    return Outcome(state=State.FAILED, reason=reason, message=message, detail=detail)
+
+
+def is_abandoned(job: Job, ctx: Context) -> bool:
+    """Whether nothing certain has been heard for so long that the attempt is given up."""
+    since_s = job.live.unsure_s
+    return since_s is not None and ctx.now_s - since_s >= ctx.policy.abandon_after_s

@@ -1,0 +1,136 @@
+"""Rules for a job that is being handed to a server: from the intent to certainty."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfyd.core import submitted
+from comfyd.core.facts import (
+    Accepted,
+    Hint,
+    NotSent,
+    Presence,
+    Probed,
+    Rejected,
+    SubmitUnknown,
+    Unsendable,
+)
+from comfyd.core.job import (
+    Ask,
+    Assigned,
+    Context,
+    Job,
+    Step,
+)
+from comfyd.core.model import (
+    PromptId,
+    Reason,
+    State,
+    prompt_id_of,
+)
+from comfyd.core.moves import (
+    collect_as,
+    failure,
+    issue,
+    move,
+    noted,
+    plan,
+    requeue,
+    then,
+    with_live,
+    with_row,
+)
+from comfyd.core.notes import Note
+from comfyd.core.submitted import (
+    audit_note,
+    first_seen,
+    heard,
+    next_audit_s,
+)
+
+
+def assigned(job: Job, fact: Assigned, ctx: Context) -> Step:
+    attempt = job.row.attempt + 1
+    prompt_id: PromptId = prompt_id_of(job.row.job, attempt)
+    # With no connection nobody hears this prompt's events; it still needs a client id, or the
+    # server keeps no outputs of cached nodes (ComfyUI pull request 14939). Its own id is free.
+    return move(
+        with_live(job, orphan="" if fact.client_id else "disconnected"),
+        State.SUBMITTING,
+        ctx,
+        attempt=attempt,
+        server=fact.server,
+        origin=fact.origin,
+        prompt_id=prompt_id,
+        client_id=fact.client_id or prompt_id,
+    )
+
+
+def accepted(job: Job, fact: Accepted, ctx: Context) -> Step:
+    note = noted(job, "accepted", number=fact.number)
+    job = with_row(job, number=fact.number)
+    if not fact.node_errors:
+        return on_server(job, ctx, note)
+    if job.row.accept_partial:
+        dropped = ", ".join(sorted(fact.node_errors))
+        warning = f"The server dropped some outputs; nodes {dropped} did not pass its checks."
+        return on_server(with_row(job, warnings=(*job.row.warnings, warning)), ctx, note)
+    why = job.row.why or failure(
+        Reason.PARTIAL,
+        "The server would run only part of the workflow: nodes"
+        f" {', '.join(sorted(fact.node_errors))} did not pass its checks; correct them.",
+        node_errors=fact.node_errors,
+    )
+    return move(job, State.STOPPING, ctx, note, why=why, submitted_at=ctx.now_s)
+
+
+def on_server(job: Job, ctx: Context, *notes: Note) -> Step:
+    """The server has the prompt: wait for its end, unless the end was heard already."""
+    if job.row.why is not None:
+        return move(job, State.STOPPING, ctx, *notes, submitted_at=ctx.now_s)
+    done = move(job, State.SUBMITTED, ctx, *notes, submitted_at=ctx.now_s)
+    if done.job.live.ended:
+        return then(done, issue(done.job, Ask.FETCH))
+    return replace(done, job=plan(done.job, Ask.PROBE, next_audit_s(done.job, ctx)))
+
+
+def rejected(job: Job, fact: Rejected, ctx: Context) -> Step:
+    return collect_as(
+        job, job.row.why or failure(Reason.REJECTED, fact.message, **fact.detail), ctx
+    )
+
+
+def unsendable(job: Job, fact: Unsendable, ctx: Context) -> Step:
+    return collect_as(job, job.row.why or failure(Reason.INVALID_JOB, fact.message), ctx)
+
+
+def not_sent(job: Job, fact: NotSent, ctx: Context) -> Step:
+    # Nothing reached the server, so the identity is unused and may be used again anywhere.
+    retry = noted(job, "retry", operation="submit", reason=fact.reason)
+    return requeue(job, ctx, retry, attempt=job.row.attempt - 1)
+
+
+def submit_unknown(job: Job, fact: SubmitUnknown, ctx: Context) -> Step:
+    retry = noted(job, "retry", operation="submit", reason=fact.reason)
+    grace = Ask.PROBE, ctx.now_s + ctx.policy.lost_grace_s
+    return Step(plan(job, *grace), notes=(retry,), urgent=False)
+
+
+def hinted(job: Job, fact: Hint, ctx: Context) -> Step:
+    """A hint before the POST's answer: remembered; acted on if no answer comes."""
+    job = heard(job, fact, ctx)
+    if job.live.order is None:
+        return issue(job, Ask.PROBE)
+    return Step(job, urgent=False)
+
+
+def probed(job: Job, fact: Probed, ctx: Context) -> Step:
+    match fact.presence:
+        case Presence.PENDING:
+            return on_server(job, ctx, audit_note(job, fact))
+        case Presence.RUNNING:
+            return on_server(
+                with_row(job, started_at=first_seen(job, ctx)), ctx, audit_note(job, fact)
+            )
+        case _:
+            return submitted.probed(job, fact, ctx)

@@ -1,0 +1,122 @@
+"""A link: everything that talks to one server, wired together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Final
+
+import structlog
+import trio
+
+from comfyd.comfyui.client import Client
+from comfyd.comfyui.listener import Cause, Result, Timings
+from comfyd.comfyui.tracker import Tracker
+from comfyd.config import Config
+from comfyd.config import Server as ServerConfig
+from comfyd.core.facts import Connected, Disconnected, Hint, QueueSeen, Sign, StalledPublisher
+from comfyd.core.model import PromptId, ServerName
+from comfyd.core.notes import Note
+from comfyd.metrics import Metrics
+from comfyd.services.clock import Clock
+from comfyd.services.health import HealthProbe
+from comfyd.services.inbox import Inbox
+from comfyd.services.prober import Prober
+
+# Submissions at once to one server: its event loop validates them one after the other anyway.
+SUBMITS: Final = 4
+
+_log: Any = structlog.get_logger("comfyd.server")
+
+
+class Link:
+    """Everything that talks to one server: client, tracker, prober, health probe."""
+
+    def __init__(
+        self, server: ServerConfig, config: Config, inbox: Inbox, metrics: Metrics, clock: Clock
+    ) -> None:
+        self.name = ServerName(server.name)
+        self.submits = trio.CapacityLimiter(SUBMITS)
+        headers = {name: secret.reveal() for name, secret in server.headers.items()}
+        self.client = Client(
+            server.url,
+            headers=headers,
+            ca_file=server.ca_file,
+            connect_timeout_s=config.client.connect_timeout_s,
+            submit_timeout_s=config.client.submit_timeout_s,
+            history_timeout_s=config.history.timeout_s,
+            health_timeout_s=config.health.timeout_s,
+            upload_timeout_s=config.client.upload_timeout_s,
+            download_idle_timeout_s=config.client.download_idle_timeout_s,
+        )
+        self.health = HealthProbe(
+            self.name,
+            self.client,
+            interval_s=config.health.interval_s,
+            tell=inbox.put,
+            on_stats=partial(metrics.system, self.name),
+            on_health=lambda ok: metrics.health(self.name, ok=ok),
+        )
+        self.prober = Prober(self.client, inbox.put)
+        self._inbox, self._metrics, self._clock = inbox, metrics, clock
+        tracker = config.tracker
+        self.tracker = Tracker(
+            server.url,
+            headers=headers,
+            ca_file=server.ca_file,
+            timings=Timings(
+                connect_timeout_s=tracker.connect_timeout_s,
+                ping_interval_s=tracker.ping_interval_s,
+                ping_timeout_s=tracker.ping_timeout_s,
+                deaf_after_s=tracker.deaf_after_s,
+                reconnect_first_s=tracker.reconnect_first_s,
+                reconnect_max_s=tracker.reconnect_max_s,
+            ),
+            ask_remaining=self.client.remaining,
+            listener=self,
+            now_s=clock.now_s,
+            u=random.random,
+        )
+
+    def tasks(self) -> tuple[tuple[str, Callable[[], Awaitable[object]]], ...]:
+        """What is to be supervised, by name."""
+        return (
+            ("tracker", self.tracker.run),
+            ("prober", self.prober.run),
+            ("health", self.health.run),
+        )
+
+    # --- what the tracker tells ------------------------------------------------------------------
+
+    def on_connected(self, client_id: str) -> None:
+        _log.info("websocket_connected", server=self.name)
+        self._inbox.put(Connected(server=self.name, client_id=client_id))
+        self.health.poke()
+
+    def on_disconnected(self, cause: Cause) -> None:
+        _log.warning("websocket_disconnected", server=self.name, cause=cause)
+        self._metrics.disconnect(self.name, cause)
+        self._inbox.put(Disconnected(server=self.name, cause=cause))
+        self.health.poke()
+
+    def on_connect_result(self, result: Result) -> None:
+        self._metrics.connect(self.name, result)
+
+    def on_message(self, label: str) -> None:
+        self._metrics.message(self.name, label, at=self._clock.now_s())
+
+    def on_hint(self, prompt_id: PromptId, sign: Sign) -> None:
+        if not self._inbox.hint(Hint(server=self.name, prompt_id=prompt_id, sign=sign)):
+            note = Note("dropped", None, self.name, {"reason": "foreign_hint"}, story=False)
+            self._metrics.observe([note])
+
+    def on_remaining(self, remaining: int) -> None:
+        self._inbox.put(QueueSeen(server=self.name, remaining=remaining))
+
+    def on_stalled(self, stalled: bool) -> None:
+        _log.warning("events_stalled" if stalled else "events_resumed", server=self.name)
+        self._inbox.put(StalledPublisher(server=self.name, stalled=stalled))
+
+    def on_invalid(self, label: str, problem: str) -> None:
+        _log.warning("invalid_message", server=self.name, type=label, problem=problem)

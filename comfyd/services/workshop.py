@@ -1,0 +1,142 @@
+"""The workshop: carries out orders, one task each, and leaves the answers in the inbox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Final
+
+import structlog
+import trio
+
+from comfyd.config import Config
+from comfyd.core import orders
+from comfyd.core.facts import Answer, Fetched, FetchResult, NotSent, Presence, Probed
+from comfyd.core.model import JobId, ServerName
+from comfyd.errors import ServerError
+from comfyd.metrics import Metrics, reason_of
+from comfyd.services import fetcher, submitter
+from comfyd.services.clock import Clock
+from comfyd.services.inbox import Inbox
+from comfyd.services.link import Link
+from comfyd.spool.layout import Spool
+
+# Results put together at once: downloads overlap, and the disk is not asked for more.
+COLLECTS: Final = 8
+FETCHES: Final = 8
+
+_log: Any = structlog.get_logger("comfyd.workshop")
+
+
+class OrderFailed(Exception):
+    """A bug while carrying out an order: the job was at hand when the daemon went down."""
+
+    def __init__(self, job: JobId) -> None:
+        super().__init__(f"while carrying out an order for job {job}")
+        self.job = job
+
+
+class Workshop:
+    """Carries out orders: one task each, bounded by the jobs at hand, limited by kind.
+
+    Args:
+      nursery: Its tasks end with it; what they were doing is then as the journal says.
+
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        links: Mapping[ServerName, Link],
+        spool: Spool,
+        config: Config,
+        inbox: Inbox,
+        metrics: Metrics,
+        clock: Clock,
+    ) -> None:
+        self._nursery = nursery
+        self._links = links
+        self._spool = spool
+        self._inbox, self._metrics, self._clock = inbox, metrics, clock
+        self._unique_prefix = config.outputs.unique_prefix
+        self._limits = fetcher.Limits(
+            history_attempts=config.history.attempts,
+            history_backoff_s=config.history.backoff_s,
+            max_bytes=config.outputs.max_bytes,
+            min_free_bytes=config.outputs.min_free_bytes,
+            include_temp=config.outputs.include_temp,
+        )
+        self._fetches = trio.CapacityLimiter(FETCHES)
+        self._collects = trio.CapacityLimiter(COLLECTS)
+
+    def perform(self, order: orders.JobOrder) -> None:
+        """Start on *order*; its answer goes to the inbox."""
+        link = self._links.get(order.row.server) if order.row.server else None
+        if isinstance(order, orders.Probe | orders.Stop) and link is not None:
+            link.prober.ask(order)
+        else:
+            self._nursery.start_soon(self._carry_out, order, link)
+
+    async def _carry_out(self, order: orders.JobOrder, link: Link | None) -> None:
+        try:
+            answer = await self._answer(order, link)
+        except Exception as error:
+            raise OrderFailed(order.row.job) from error
+        self._inbox.put(answer)
+
+    async def _answer(self, order: orders.JobOrder, link: Link | None) -> Answer:
+        match order:
+            case orders.Collect():
+                async with self._collects:
+                    return await fetcher.collect(
+                        order,
+                        link.client if link else None,
+                        self._spool,
+                        self._limits,
+                        now_s=self._clock.now_s,
+                        on_retry=partial(self._retried, "download"),
+                    )
+            case orders.Publish():
+                return await trio.to_thread.run_sync(fetcher.show, order, self._spool)
+            case orders.Retire():
+                return await trio.to_thread.run_sync(fetcher.clear, order, self._spool, self._left)
+            case _ if link is None:
+                return _no_such_server(order)
+            case orders.Submit():
+                async with link.submits:
+                    return await submitter.submit(
+                        order,
+                        link.client,
+                        self._spool,
+                        unique_prefix=self._unique_prefix,
+                        on_posted=link.tracker.posted,
+                    )
+            case orders.Fetch():
+                async with self._fetches:
+                    return await fetcher.fetch(
+                        order,
+                        link.client,
+                        self._limits,
+                        on_fetch=self._metrics.history_fetch,
+                        on_retry=partial(self._retried, "history"),
+                    )
+            case _:
+                raise AssertionError(f"nobody carries out {order}")
+
+    def _retried(self, operation: str, error: ServerError) -> None:
+        self._metrics.retry(operation, reason_of(error))
+
+    def _left(self, sentence: str) -> None:
+        trio.from_thread.run_sync(partial(_log.warning, "left_in_claimed", problem=sentence))
+
+
+def _no_such_server(order: orders.JobOrder) -> Answer:
+    """What is known of a prompt on a server that is no longer configured: nothing."""
+    reason = f"server {order.row.server} is not configured"
+    match order:
+        case orders.Submit():
+            return NotSent(token=order.token, reason="unreachable")
+        case orders.Fetch():
+            return Fetched(token=order.token, result=FetchResult.ERROR, reason=reason)
+        case _:
+            return Probed(token=order.token, presence=Presence.UNKNOWN, reason=reason)
