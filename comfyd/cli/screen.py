@@ -1,0 +1,150 @@
+"""How things look: aligned text for pipes, rich tables for terminals, nothing hostile in either.
+
+A table is a value; which of the two it becomes is decided where it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+GOOD: Final = frozenset({"up", "done", "running", "connected", "verified"})
+BAD: Final = frozenset({"down", "wedged", "failed", "cancelled"})
+DOUBTFUL: Final = frozenset({"deaf", "draining", "held", "stale"})
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of cells under heads; the cells of the column *toned* are words that have a colour."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    toned: str = "STATE"
+
+
+def plain(value: object) -> str:
+    """*value* as one inert line: no control, no direction mark, no half of a character."""
+    text = "" if value is None else str(value)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(" " if c in "\n\t\r" else _shown(c) for c in text)
+
+
+def _shown(character: str) -> str:
+    return "\N{REPLACEMENT CHARACTER}" if unicodedata.category(character)[0] == "C" else character
+
+
+def span(seconds: float | None) -> str:
+    """*seconds* for people: ``0.4 s``, ``42 s``, ``3 min``, ``2 h``, ``5 d``; nothing for None."""
+    if seconds is None:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    for unit, size_s, limit in (("min", 60, 90), ("h", 3600, 48)):
+        if seconds < limit * size_s:
+            return f"{seconds / size_s:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def size(count: int | None) -> str:
+    """*count* bytes for people: ``812 B``, ``3.4 KiB``; nothing for None."""
+    if count is None:
+        return ""
+    if count < 1024:
+        return f"{count} B"
+    amount = float(count)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        amount /= 1024
+        if amount < 1024 or unit == "TiB":
+            break
+    return f"{amount:.1f} {unit}"
+
+
+def tone(word: str) -> str:
+    """The colour of a state, "" for none."""
+    if word in GOOD:
+        return "green"
+    return "red" if word in BAD else "yellow" if word in DOUBTFUL else ""
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def say(sentence: str) -> None:
+    """Talk: one line on stderr."""
+    print(plain(sentence), file=sys.stderr, flush=True)
+
+
+def put_json(value: Any) -> None:
+    """Data for scripts: one line of ASCII JSON, whatever the encoding of the terminal."""
+    print(json.dumps(value, allow_nan=False), flush=True)
+
+
+def put(*parts: str | Table) -> None:
+    """Data for people on stdout; lines and tables in turn."""
+    if is_terminal(sys.stdout):
+        made = console(sys.stdout)
+        for part in parts:
+            made.print(rendered(part))
+    else:
+        for part in parts:
+            for line in lines_of(part):
+                print(line)
+    sys.stdout.flush()
+
+
+def lines_of(part: str | Table) -> Iterable[str]:
+    """*part* as plain text; the columns of a table are aligned."""
+    if isinstance(part, str):
+        return [plain(part)]
+    rows = [[plain(cell) for cell in row] for row in (part.heads, *part.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+# --- terminals -----------------------------------------------------------------------------------
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether *stream* is a screen that tables and progress make sense on."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def console(stream: TextIO) -> Console:
+    """A rich console; NO_COLOR takes its colours, never its tables."""
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, no_color=bool(os.environ.get("NO_COLOR")))
+
+
+def rendered(part: str | Table) -> RenderableType:
+    """*part* for a rich console. Nothing in it is markup."""
+    from rich.text import Text
+
+    if isinstance(part, str):
+        return Text(plain(part))
+    from rich import box
+    from rich.table import Table as RichTable
+
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    last = len(part.heads) - 1
+    for index, head in enumerate(part.heads):
+        table.add_column(head, no_wrap=index < last, overflow="fold" if index == last else "crop")
+    for row in part.rows:
+        cells = [
+            Text(plain(cell), tone(cell.partition(" ")[0]) if head == part.toned else "")
+            for head, cell in zip(part.heads, row, strict=True)
+        ]
+        table.add_row(*cells)
+    return table
