@@ -1,7 +1,8 @@
 """The node classes the simulator knows: their inputs as ComfyUI publishes them, and what they do.
 
-Pictures are of one colour each, which is enough to follow them through a graph. `SimSleep`,
-`SimFail` and `SimCrash` exist in the simulator only.
+Pictures are of one colour each, which is enough to follow them through a graph. Classes whose name
+begins with `Sim` exist in the simulator only; `SimUi` outputs any ui object, given as JSON, and makes
+the files that it names.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import posixpath
 from typing import Any, Final
 
 from comfyd.simulator import media
-from comfyd.simulator.files import Files, split_annotated
+from comfyd.simulator.files import FOLDERS, Files, split_annotated
 from comfyd.simulator.nodes import (
     Image,
     InputSpec,
@@ -164,6 +165,21 @@ async def _sim_fail(run: Run, values: Values) -> Result:
     raise NodeError(values["message"])
 
 
+async def _sim_ui(run: Run, values: Values) -> Result:
+    try:
+        ui = json.loads(values["ui"])
+    except ValueError as error:
+        raise NodeError(str(error), "json.decoder.JSONDecodeError") from None
+    if not isinstance(ui, dict) or not all(isinstance(items, list) for items in ui.values()):
+        raise NodeError("a ui is an object of lists", "TypeError")
+    for items in ui.values():
+        for item in items:
+            if isinstance(item, dict) and item.get("type", "output") in FOLDERS:
+                folder, subfolder = item.get("type", "output"), item.get("subfolder", "")
+                run.files.write(folder, subfolder, item["filename"], b"simulated")
+    return Result(ui=ui)
+
+
 async def _sim_crash(run: Run, values: Values) -> Result:
     raise ServerCrashError
 
@@ -260,6 +276,13 @@ NODE_CLASSES: Final = {
             {"image": ["IMAGE"], "message": ["STRING", {"default": "boom"}]},
             _sim_fail,
             returns=("IMAGE",),
+            category="simulator",
+        ),
+        NodeClass(
+            "SimUi",
+            {"ui": ["STRING", {"default": "{}"}]},
+            _sim_ui,
+            is_output=True,
             category="simulator",
         ),
         NodeClass(

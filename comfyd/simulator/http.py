@@ -67,6 +67,8 @@ class Upgrade:
     serve: Callable[[trio.abc.Stream, h11.Request], Awaitable[None]]
 
 
+_TOO_LARGE: Final = Response(413, b"413: Request Entity Too Large", "text/plain; charset=utf-8")
+
 Answer = Response | Hangup | Silence | Upgrade
 Handler = Callable[[Request], Awaitable[Answer]]
 
@@ -96,6 +98,9 @@ async def _serve_one(stream: trio.abc.Stream, connection: h11.Connection, handle
         if not isinstance(head, h11.Request):
             return False
         body = bytearray()
+        if _declared_bytes(head) > MAX_BODY_BYTES:
+            await _send(stream, connection, _TOO_LARGE)
+            return False
         if not _is_upgrade(head):
             while isinstance(event := await _next_event(stream, connection), h11.Data):
                 if len(body) <= MAX_BODY_BYTES:
@@ -106,7 +111,7 @@ async def _serve_one(stream: trio.abc.Stream, connection: h11.Connection, handle
         await _send(stream, connection, Response(400))
         return False
     if len(body) > MAX_BODY_BYTES:
-        await _send(stream, connection, Response(413, b"413: Request Entity Too Large"))
+        await _send(stream, connection, _TOO_LARGE)
         return False
     answer = await handle(_request(head, bytes(body)))
     match answer:
@@ -126,6 +131,10 @@ async def _serve_one(stream: trio.abc.Stream, connection: h11.Connection, handle
 
 def _is_upgrade(head: h11.Request) -> bool:
     return any(k == b"upgrade" and v.lower() == b"websocket" for k, v in head.headers)
+
+
+def _declared_bytes(head: h11.Request) -> int:
+    return next((int(value) for key, value in head.headers if key == b"content-length"), 0)
 
 
 def _request(head: h11.Request, body: bytes) -> Request:

@@ -123,9 +123,10 @@ class PromptQueue:
     ) -> dict[str, Record]:
         """Records that can be seen now, oldest first; of one id, or *most* from *offset*."""
         now_s = trio.current_time()
-        seen = {k: kept.record for k, kept in self._history.items() if kept.visible_at_s <= now_s}
         if prompt_id is not None:
-            return {prompt_id: seen[prompt_id]} if prompt_id in seen else {}
+            one = self._history.get(prompt_id)
+            return {} if one is None or one.visible_at_s > now_s else {prompt_id: one.record}
+        seen = {k: kept.record for k, kept in self._history.items() if kept.visible_at_s <= now_s}
         if most is None:
             return dict(list(seen.items())[max(offset, 0) :])
         start = len(seen) - most if offset < 0 else offset

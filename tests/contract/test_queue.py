@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -215,3 +216,17 @@ async def test_a_body_that_is_no_json_is_a_500(session: Session, path: str) -> N
     response = await session.http("POST", path, content="{not json")
     assert response.status_code == 500
     assert response.headers["content-type"].startswith("text/plain")
+
+
+async def test_not_a_number_is_written_bare(session: Session) -> None:
+    prompt_id = session.new_prompt_id()
+    graph = graphs.slow(session.prefix, session.colour)
+    graph = {"1": graph["1"], "2": graph["2"], "9": {**graph["99"]}}
+    graph["9"]["inputs"] = {"images": ["2", 0], "filename_prefix": session.prefix}
+    text = json.dumps({"prompt": graph, "prompt_id": prompt_id})
+    text = text.replace('"sigma": 1.0', '"sigma": NaN')
+    assert (await session.http("POST", "/prompt", content=text)).status_code == 200
+    await session.wait_recorded(prompt_id)
+    response = await session.http("GET", f"/history/{prompt_id}")
+
+    assert '"sigma": NaN' in response.text

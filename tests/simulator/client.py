@@ -30,9 +30,7 @@ class Reply:
         return json.loads(self.body)
 
 
-async def ask(
-    simulator: Simulator, method: str, path: str, body: object = None, *, raw: bytes | None = None
-) -> Reply:
+async def ask(simulator: Simulator, method: str, path: str, body: object = None) -> Reply:
     """One request on a connection of its own.
 
     Raises:
@@ -40,7 +38,7 @@ async def ask(
 
     """
     async with await simulator.connect() as stream:
-        return await ask_on(stream, h11.Connection(h11.CLIENT), method, path, body, raw=raw)
+        return await ask_on(stream, h11.Connection(h11.CLIENT), method, path, body)
 
 
 async def ask_on(
@@ -49,10 +47,8 @@ async def ask_on(
     method: str,
     path: str,
     body: object = None,
-    *,
-    raw: bytes | None = None,
 ) -> Reply:
-    content = raw if raw is not None else b"" if body is None else json.dumps(body).encode()
+    content = b"" if body is None else json.dumps(body).encode()
     headers = {"Host": "sim", "Content-Length": str(len(content))}
     request = h11.Request(method=method, target=path, headers=list(headers.items()))
     out = connection.send(request) or b""

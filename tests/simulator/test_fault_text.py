@@ -7,7 +7,7 @@ import random
 import pytest
 
 from comfyd.simulator import SWITCHES, Faults, HowOften, parse_fault
-from comfyd.simulator.faults import PostFail
+from comfyd.simulator.faults import PostFail, Switch
 
 EXAMPLES = {
     "drop-": "drop-end=0.5",
@@ -25,9 +25,7 @@ def example(name: str, argument: str) -> str:
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=[switch.name for switch in SWITCHES])
-def test_every_switch_can_be_set_and_cleared(switch: object) -> None:
-    assert hasattr(switch, "name")
-    assert hasattr(switch, "argument")
+def test_every_switch_can_be_set_and_cleared(switch: Switch) -> None:
     off = Faults()
     faults = Faults.parse([example(switch.name, switch.argument)])
     assert faults != off

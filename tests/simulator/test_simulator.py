@@ -206,8 +206,35 @@ async def test_a_request_cut_short_is_forgotten(
 async def test_a_body_that_is_too_large_is_a_413(
     autojump_clock: MockClock, simulator: Simulator
 ) -> None:
-    reply = await ask(simulator, "POST", "/prompt", raw=b" " * (100 * 1024 * 1024 + 1))
-    assert reply.status == 413
+    size_bytes = 100 * 1024 * 1024 + 1
+    async with await simulator.connect() as stream:
+        head = f"POST /prompt HTTP/1.1\r\nHost: sim\r\nContent-Length: {size_bytes}\r\n\r\n"
+        await stream.send_all(head.encode())
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 413")
+
+
+async def test_any_ui_can_be_output(autojump_clock: MockClock, simulator: Simulator) -> None:
+    ui = (
+        '{"gifs": [{"filename": "a.mp4", "subfolder": "s", "type": "output", "rate": NaN}],'
+        ' "text": ["x"], "numbers": [1, null]}'
+    )
+    nodes = {"5": {"class_type": "SimUi", "inputs": {"ui": ui}}}
+    prompt_id = await submit(simulator, nodes)
+    await wait_recorded(simulator, prompt_id)
+    reply = await ask(simulator, "GET", f"/history/{prompt_id}")
+    assert b'"rate": NaN' in reply.body
+    assert reply.json()[prompt_id]["outputs"]["5"]["numbers"] == [1, None]
+    video = await ask(simulator, "GET", "/view?filename=a.mp4&subfolder=s")
+    assert (video.headers["content-type"], video.body) == ("video/mp4", b"simulated")
+
+
+@pytest.mark.parametrize("ui", ["{", "[]", '{"images": 1}'])
+async def test_a_ui_that_is_none_fails(
+    autojump_clock: MockClock, simulator: Simulator, ui: str
+) -> None:
+    nodes = {"5": {"class_type": "SimUi", "inputs": {"ui": ui}}}
+    record = await wait_recorded(simulator, await submit(simulator, nodes))
+    assert record["status"]["messages"][-1][0] == "execution_error"
 
 
 async def test_the_version_is_what_was_asked_for(autojump_clock: MockClock) -> None:
