@@ -1,8 +1,8 @@
 """The node classes the simulator knows: their inputs as ComfyUI publishes them, and what they do.
 
 Pictures are of one colour each, which is enough to follow them through a graph. Classes whose name
-begins with `Sim` exist in the simulator only; `SimUi` outputs any ui object, given as JSON, and makes
-the files that it names.
+begins with `Sim` exist in the simulator only; `SimUi` outputs any ui object, given as JSON, and
+makes the files that it names.
 """
 
 from __future__ import annotations

@@ -130,10 +130,16 @@ class Ear:
         self.connection = connection
         self.heard: list[dict[str, Any]] = []
         self.is_closed = False
+        self._news = trio.Event()
 
     @property
     def types(self) -> list[str]:
         return [message["type"] for message in self.heard]
+
+    async def wait_count(self, kind: str, count: int) -> None:
+        """Return when *count* messages of that type have been heard."""
+        while self.types.count(kind) < count:
+            await self._news.wait()
 
     async def listen(self) -> None:
         while True:
@@ -144,6 +150,8 @@ class Ear:
                 return
             if isinstance(frame, str):
                 self.heard.append(json.loads(frame))
+                self._news.set()
+                self._news = trio.Event()
 
 
 @asynccontextmanager

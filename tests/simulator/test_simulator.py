@@ -99,6 +99,31 @@ async def test_a_killed_server_frees_its_port_and_takes_it_again() -> None:
             nursery.cancel_scope.cancel()
 
 
+async def test_one_client_that_does_not_read_silences_all() -> None:
+    text = "x" * 1_000_000
+    handshake = (
+        b"GET /ws HTTP/1.1\r\nHost: sim\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    ).replace(b"/ws ", b"/ws?clientId=slow ")
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            simulator = Simulator(run_s=0)
+            url = await nursery.start(simulator.serve)
+            slow = await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2]))
+            await slow.send_all(handshake)
+            async with listening(simulator, "other") as ear:
+                for number in range(12):
+                    source = {"source": f"{number}{text}"}
+                    nodes = {"5": {"class_type": "PreviewAny", "inputs": source}}
+                    prompt_id = await submit(simulator, nodes, "slow")
+                    await wait_recorded(simulator, prompt_id)
+                # Nothing was queued for long, so all is told but for what the slow one holds up.
+                assert ear.types.count("status") < 1 + 3 * 12
+                await slow.aclose()
+                await ear.wait_count("status", 1 + 3 * 12)
+            nursery.cancel_scope.cancel()
+
+
 async def test_a_dropped_connection_keeps_the_memory(
     autojump_clock: MockClock, simulator: Simulator
 ) -> None:
