@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Final
 
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -32,6 +35,14 @@ class Readiness:
         return tuple(sentence for good, sentence in checks if not good)
 
 
+# A version that is no number makes choose_encoder raise; who asks so can read the plain format.
+_ODD_VERSION: Final = re.compile(r"version=(?!\d{1,4}(\.\d{1,4}){0,2}\s*(?:[;,]|$))", re.ASCII)
+
+
+def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
+    return choose_encoder("" if _ODD_VERSION.search(accept) else accept)
+
+
 def routes(
     metrics: Metrics,
     snapshot: Callable[[], Awaitable[Snapshot]],
@@ -40,7 +51,7 @@ def routes(
     """The routes that machines poll."""
 
     async def exposition(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        encode, content_type = _encoder(request.headers.get("accept", ""))
         now = await snapshot()
         metrics.refresh(now)  # and render without a wait in between: all gauges are of one moment
         return Response(encode(metrics.registry), headers={"content-type": content_type})

@@ -2,9 +2,9 @@
 
 The socket is ours, for three reasons. A taken port is a sentence about the configuration. The
 kernel drops a reader that stops reading; Hypercorn shields its writes from cancellation, so such a
-reader would keep the daemon from stopping. And Hypercorn (0.18) can be made to fail as a whole by
-one client that sends more while a large answer is still on its way to it: it is then started again
-on the same socket, and the daemon does not notice.
+reader would keep the daemon from stopping. And one client that sends nonsense at the wrong moment
+can make Hypercorn (0.18) fail as a whole (a BusyResourceError leaves its nursery): it is started
+again on the same socket, and nobody else notices more than a pause.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import logging
 import socket
 from typing import Final, cast
 
+import hypercorn.trio
 import trio
 from hypercorn.config import Config, Sockets
-from hypercorn.trio import serve as hypercorn_serve
 from hypercorn.typing import ASGIFramework
 from starlette.types import ASGIApp
 
@@ -106,7 +106,7 @@ async def serve(
         while not stop.is_set():
             try:
                 # A framework to it, an application to Starlette: the same thing in other words.
-                await hypercorn_serve(
+                await hypercorn.trio.serve(
                     cast("ASGIFramework", app), _Config(sock), shutdown_trigger=stop.wait
                 )
             except* Exception as failure:  # noqa: BLE001
