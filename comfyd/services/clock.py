@@ -12,14 +12,20 @@ import trio
 
 
 class Clock:
-    """Attributes: *wall_s* is the UTC time at which it is set; tests give their own."""
+    """Made inside ``trio.run``; may be read from any thread.
+
+    Args:
+      wall_s: The UTC time at which it is set; None for the wall clock's.
+
+    """
 
     def __init__(self, wall_s: float | None = None) -> None:
-        self._offset_s = (time.time() if wall_s is None else wall_s) - trio.current_time()
+        self._clock = trio.lowlevel.current_clock()
+        self._offset_s = (time.time() if wall_s is None else wall_s) - self._clock.current_time()
 
     def now_s(self) -> float:
         """Seconds since the Unix epoch."""
-        return self._offset_s + trio.current_time()
+        return self._offset_s + self._clock.current_time()
 
     def trio_s(self, at_s: float) -> float:
         """The same moment on trio's clock, for a deadline."""
