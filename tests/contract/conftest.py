@@ -22,7 +22,7 @@ async def url() -> AsyncIterator[str]:
         yield real.rstrip("/")
         return
     async with trio.open_nursery() as nursery:
-        yield await nursery.start(Simulator(run_s=0.02).serve)
+        yield await nursery.start(Simulator(run_s=0.05).serve)
         nursery.cancel_scope.cancel()
 
 
