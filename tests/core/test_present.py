@@ -97,11 +97,12 @@ def test_a_queued_job_has_only_been_claimed():
     assert summary["message"] == ""
 
 
-@pytest.mark.parametrize("where", ["outcome", "why"])
-def test_a_failure_says_why_as_soon_as_it_is_decided(where):
+def test_a_failure_says_why_as_soon_as_it_is_decided():
     failed = Outcome(state=State.FAILED, reason=Reason.STALLED, message="It stood still.")
-    summary = job_summary(Row(job=JOB, seq=1, state=State.STOPPING, **{where: failed}))
-    assert (summary["reason"], summary["message"]) == ("stalled", "It stood still.")
+    stopping = Row(job=JOB, seq=1, state=State.STOPPING, why=failed)
+    collecting = Row(job=JOB, seq=1, state=State.COLLECTING, outcome=failed)
+    for summary in map(job_summary, (stopping, collecting)):
+        assert (summary["reason"], summary["message"]) == ("stalled", "It stood still.")
 
 
 def test_a_held_job_says_what_for():
