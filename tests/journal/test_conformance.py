@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from comfyd.core.model import (
     End,
@@ -125,6 +125,24 @@ class Conformance(RuleBasedStateMachine):
         batch = Batch(changes=tuple(changes), events=tuple(data.draw(st.lists(events, max_size=3))))
         assert self.store.commit(batch) == self.model.commit(batch)
 
+    @rule(count=st.integers(1, 3), key=st.sampled_from(KEYS), state=st.sampled_from(State))
+    def arrive(self, count, key, state):
+        """What a draw of everything seldom gives: many rows, alike."""
+        free = sorted(self.model.without_rows(JOBS))[:count]
+        arrivals = tuple(
+            Insert(row=Row(job=job, seq=seq, key=key, state=state, claimed_at=float(seq)))
+            for seq, job in enumerate(free, self.model.last_seq() + 1)
+        )
+        batch = Batch(changes=arrivals)
+        assert self.store.commit(batch) == self.model.commit(batch) == (True,) * len(free)
+
+    @precondition(lambda self: self.model.rows_by_job)
+    @rule(data=st.data())
+    def change(self, data):
+        known = st.sampled_from(list(self.model.rows_by_job.values()))
+        batch = Batch(changes=(data.draw(known.flatmap(self.updates)),))
+        assert self.store.commit(batch) == self.model.commit(batch)
+
     def changes(self):
         """Changes of which many apply: most updates start from a row as it is now."""
         inserts = st.builds(Insert, row=rows())
@@ -138,20 +156,17 @@ class Conformance(RuleBasedStateMachine):
 
     @staticmethod
     def updates(old):
-        def keep_identity(new):
-            new = msgspec.structs.replace(new, seq=old.seq, version=old.version + 1)
-            return Update(row=new, expected=old.version)
-
-        def follow(new):
-            return Update(row=new, expected=new.version - 1)
-
-        retired = msgspec.structs.replace(old, retired=True, version=old.version + 1)
-        applicable = rows([old.job]).map(keep_identity)
-        return (
-            applicable
-            | st.just(Update(row=retired, expected=old.version))
-            | rows([old.job]).map(follow)  # another version, often another seq
+        """Of the row as it is, as it is but retired, of another version, and of another seq."""
+        after = old.version + 1
+        change = msgspec.structs.replace
+        same = rows([old.job]).map(lambda row: change(row, seq=old.seq, version=after))
+        others = (
+            st.just(change(old, retired=True, version=after)),
+            same.map(lambda row: change(row, version=after + 1)),
+            same.map(lambda row: change(row, seq=old.seq + 1)),
         )
+        following = st.one_of(same, same, *others)
+        return following.map(lambda row: Update(row=row, expected=row.version - 1))
 
     @rule(before_s=st.sampled_from(TIMES), limit=st.integers(1, 5))
     def prune(self, before_s, limit):
@@ -206,4 +221,4 @@ class Conformance(RuleBasedStateMachine):
 
 
 TestConformance = Conformance.TestCase
-TestConformance.settings = settings(max_examples=30, stateful_step_count=15, deadline=None)
+TestConformance.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
