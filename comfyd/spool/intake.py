@@ -1,9 +1,10 @@
 """Taking what is dropped in ``new/``: look, wait until it is settled, claim by rename, read, judge.
 
-Blocking throughout. The rename into ``claimed/`` is the claim: nothing is
-read before it, nobody but the daemon can reach the file after it, and a claim whose row never got
-committed is found by ``adopt``. What lies in ``new/`` is hostile: it is never followed, opened or
-trusted beyond what lstat says.
+Blocking throughout. The rename into ``claimed/`` is the claim: nothing is read before it, nobody but
+the daemon can reach the file after it, and a claim whose row never got committed is found by
+``adopt``. That the content outlives a power cut is its producer's part, as ``layout.drop`` does it;
+a file that lost some is found by its hash, and its job fails. What lies in ``new/`` is hostile: it
+is never followed, opened or trusted beyond what lstat says.
 """
 
 from __future__ import annotations

@@ -1,0 +1,78 @@
+"""A spool on the real file system, and what the intake needs to fill rows."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfyd.spool.intake import Intake
+from comfyd.spool.layout import Spool
+
+GRAPH = b'{"3": {"class_type": "KSampler", "inputs": {"seed": 1}}}'
+ULID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+SEED = 4242
+NOBODY = 65534
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    spool = Spool(tmp_path / "spool")
+    spool.prepare()
+    return spool
+
+
+@pytest.fixture
+def humble_spool() -> Iterator[Spool]:
+    """A spool for a process without privileges: as root, we are nobody for the time of the test."""
+    parent = Path(tempfile.mkdtemp(prefix="comfyd-"))
+    was = os.geteuid()
+    try:
+        if was == 0:
+            os.chown(parent, NOBODY, NOBODY)
+            os.setegid(NOBODY)
+            os.seteuid(NOBODY)
+        spool = Spool(parent / "spool")
+        spool.prepare()
+        yield spool
+    finally:
+        if was == 0:
+            os.seteuid(0)
+            os.setegid(0)
+        for folder, names, _ in os.walk(parent):
+            for name in names:
+                path = Path(folder) / name
+                if not path.is_symlink():
+                    path.chmod(0o700)
+        shutil.rmtree(parent)
+
+
+MakeIntake = Callable[..., Intake]
+
+
+@pytest.fixture
+def make_intake() -> MakeIntake:
+    """Makes an Intake with short, fixed settings."""
+
+    def make(spool: Spool, **options: Any) -> Intake:
+        return Intake(
+            spool,
+            **{
+                "settle_s": 0.2,
+                "max_file_bytes": 10_000,
+                "max_attempts": 3,
+                "next_seq": itertools.count(1).__next__,
+                "draw": lambda: SEED,
+                "now_s": time.time,
+                **options,
+            },
+        )
+
+    return make
