@@ -1,7 +1,7 @@
 """Taking what is dropped in ``new/``: look, wait until it is settled, claim by rename, read, judge.
 
-Blocking throughout. The rename into ``claimed/`` is the claim: nothing is read before it, nobody but
-the daemon can reach the file after it, and a claim whose row never got committed is found by
+Blocking throughout. The rename into ``claimed/`` is the claim: nothing is read before it, nobody
+but the daemon can reach the file after it, and a claim whose row never got committed is found by
 ``adopt``. That the content outlives a power cut is its producer's part, as ``layout.drop`` does it;
 a file that lost some is found by its hash, and its job fails. What lies in ``new/`` is hostile: it
 is never followed, opened or trusted beyond what lstat says.
@@ -271,21 +271,16 @@ class Intake:
 
     def _row(self, claimed_fd: int, payload: str) -> Row | None:
         """The first row of a claimed file; None if it is gone, by an operator's hand."""
-        sha256 = ""
+        sha256 = message = ""
         document = None
-        message = ""
         try:
             data = self._read(claimed_fd, payload)
             sha256 = hashlib.sha256(data).hexdigest()
-            document = jobfile.load(data, payload, draw=self._draw)
+            document = self._judge(data, payload)
         except FileNotFoundError:
             return None
         except JobFileError as error:
             message = error.message
-        except Exception as error:  # noqa: BLE001 - see below
-            # Our own bug, but this file must not kill the daemon again at every start.
-            _log.exception("a job file could not be judged", payload=payload)
-            message = f"comfyd failed to read this file ({type(error).__name__}); please report it."
         common = Row(
             job=job_of(payload),
             seq=self._next_seq(),
@@ -305,6 +300,18 @@ class Intake:
             warnings=document.warnings,
             max_attempts=document.max_attempts or self._max_attempts,
         )
+
+    def _judge(self, data: bytes, payload: str) -> jobfile.JobDocument:
+        try:
+            return jobfile.load(data, payload, draw=self._draw)
+        except JobFileError:
+            raise
+        except Exception as error:
+            # Our own bug, but this file must not kill the daemon again at every start.
+            _log.exception("a job file could not be judged", payload=payload)
+            raise JobFileError(
+                f"comfyd failed to read this file ({type(error).__name__}); please report it."
+            ) from error
 
     def _read(self, claimed_fd: int, payload: str) -> bytes:
         self._check(os.stat(payload, dir_fd=claimed_fd, follow_symlinks=False))
