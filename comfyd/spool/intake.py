@@ -13,7 +13,6 @@ import errno
 import hashlib
 import heapq
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -25,6 +24,7 @@ from comfyd.core.facts import Claimed
 from comfyd.core.model import JobId, Outcome, Reason, Row, State
 from comfyd.errors import DiskFull, JobFileError
 from comfyd.spool import jobfile
+from comfyd.spool.claimedfile import read_claimed
 from comfyd.spool.layout import (
     ULID_BYTES,
     Spool,
@@ -43,7 +43,6 @@ WINDOW: Final = 4096  # entries one look considers, the oldest first: memory sta
 
 # This entry cannot be moved, whatever we do: not ours, immutable, or a mount point.
 _UNMOVABLE: Final = {errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV}
-_UNREADABLE: Final = {errno.EPERM, errno.EACCES, errno.EIO, errno.ELOOP, errno.ENXIO}
 
 _log = structlog.get_logger("comfyd.spool")
 
@@ -274,7 +273,7 @@ class Intake:
         sha256 = message = ""
         document = None
         try:
-            data = self._read(claimed_fd, payload)
+            data = read_claimed(claimed_fd, payload, max_bytes=self._max_file_bytes)
             sha256 = hashlib.sha256(data).hexdigest()
             document = self._judge(data, payload)
         except FileNotFoundError:
@@ -312,44 +311,6 @@ class Intake:
             raise JobFileError(
                 f"comfyd failed to read this file ({type(error).__name__}); please report it."
             ) from error
-
-    def _read(self, claimed_fd: int, payload: str) -> bytes:
-        self._check(os.stat(payload, dir_fd=claimed_fd, follow_symlinks=False))
-        try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(payload, flags, dir_fd=claimed_fd)
-            with open(fd, "rb") as file:
-                self._check(os.fstat(fd))
-                data = file.read(self._max_file_bytes + 1)
-        except OSError as error:
-            if error.errno not in _UNREADABLE:
-                raise
-            raise JobFileError(
-                f"The file cannot be read ({error.strerror}); make it readable for the daemon."
-            ) from None
-        if len(data) > self._max_file_bytes:
-            raise JobFileError("The file grew while it was read; drop it when it is complete.")
-        return data
-
-    def _check(self, found: os.stat_result) -> None:
-        """Refuse everything but one file of its own, small enough."""
-        if stat.S_ISDIR(found.st_mode):
-            raise JobFileError(
-                "A folder was dropped; this version of comfyd takes single job files, not bundles."
-            )
-        if stat.S_ISLNK(found.st_mode):
-            raise JobFileError("A symbolic link was dropped; drop a copy of the file itself.")
-        if not stat.S_ISREG(found.st_mode):
-            raise JobFileError("What was dropped is no regular file; drop a copy of its content.")
-        if found.st_nlink != 1:
-            raise JobFileError(
-                "The file has other names (hard links); drop a copy that has only this one."
-            )
-        if found.st_size > self._max_file_bytes:
-            raise JobFileError(
-                f"The file has {found.st_size} bytes; jobs.max_file_bytes allows "
-                f"{self._max_file_bytes}."
-            )
 
 
 def _entry(name: str, found: os.stat_result) -> Entry:

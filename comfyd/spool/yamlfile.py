@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import yaml
 
-from comfyd.core.workflow import (
+from comfyd.core.strictjson import (
     MAX_DEPTH,
     check_encodable,
     parse_float,

@@ -119,6 +119,16 @@ def test_names_in_the_making_and_gone_are_skipped(spool: Spool, make_intake: Mak
     assert intake.claim(entries) == Taken([], [], [])
 
 
+@pytest.mark.parametrize("name", [b"\xff\xfe.json", b"a\nb.json", b"-rf.json", b"\xf0\x9f\xa6\x8a"])
+def test_any_name_can_be_dropped(spool: Spool, make_intake: MakeIntake, name: bytes) -> None:
+    (spool.new / os.fsdecode(name)).write_bytes(GRAPH)
+    (row,) = rows(take(make_intake(spool)))
+    assert row.state is State.QUEUED
+    assert row.payload.isascii()
+    assert row.payload.isprintable()
+    assert (spool.claimed / row.payload).is_file()
+
+
 def test_a_batch_is_bounded(spool: Spool, make_intake: MakeIntake) -> None:
     for number in range(BATCH + 3):
         put(spool, f"{number}.json")
