@@ -7,6 +7,7 @@ look-ahead of the queue; the rest of the queue lives only in the journal.
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 from collections import Counter
@@ -153,6 +154,15 @@ class Engine:
         self._now_s = 0.0
         self._refilling = False
         self._pending = _Pending()
+
+    def fork(self) -> Engine:
+        """An independent copy, for exploring what else could happen; nothing may be pending."""
+        new = copy.copy(self)
+        new.servers, new.jobs, new.counts = dict(self.servers), dict(self.jobs), self.counts.copy()
+        new.on_server = {name: dict(jobs) for name, jobs in self.on_server.items()}
+        new._prompts, new._queue, new._due = dict(self._prompts), self._queue[:], self._due[:]
+        new._pending = _Pending()
+        return new
 
     # --- what the dispatcher calls ---------------------------------------------------------------
 

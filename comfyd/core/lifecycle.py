@@ -74,6 +74,19 @@ AT_LOAD: Final[Mapping[State, Ask]] = MappingProxyType(
 )
 
 
+# The answers that each order can bring.
+ANSWERS_TO: Final[Mapping[Ask, tuple[type[Answer], ...]]] = MappingProxyType(
+    {
+        Ask.SUBMIT: (Accepted, Rejected, NotSent, SubmitUnknown, Unsendable),
+        Ask.PROBE: (Probed,),
+        Ask.STOP: (Probed,),
+        Ask.FETCH: (Fetched,),
+        Ask.COLLECT: (Collected, CollectFailed),
+        Ask.PUBLISH: (Published, PublishConflict, PublishDelayed),
+        Ask.RETIRE: (Retired,),
+    }
+)
+
 Rule = Callable[[Job, Any, Context], Step]
 _S = State
 _FINAL_ROWS: dict[tuple[State, type], Rule] = {
@@ -138,6 +151,10 @@ def step(job: Job, fact: JobFact, ctx: Context) -> Step:
     if isinstance(fact, Answer):
         if job.live.order is None or fact.token != token_of(job):
             return Step(job, notes=(dropped(job, "stale_answer"),), urgent=False)
+        if not isinstance(fact, ANSWERS_TO[job.live.order]):
+            raise ProtocolViolation(
+                f"job {job.row.job}: {type(fact).__name__} does not answer {job.live.order.name}"
+            )
         job = with_live(job, order=None)
     rule = TABLE.get((job.row.state, type(fact)))
     if rule is None:

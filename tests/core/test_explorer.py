@@ -1,0 +1,106 @@
+"""No order of events loses a job, delivers one twice, or leaves one stuck; and we would notice."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from comfyd.core import finishing, lifecycle, moves, submitted, submitting
+from comfyd.core.facts import Published
+from comfyd.core.job import Ask, Context, Job, Step
+from comfyd.core.model import State
+from comfyd.core.moves import move
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests are no package: their files stand alone
+import explorer
+from explorer import explore
+
+FAULTS = {
+    "crash": 2, "loss": 2, "restart": 1, "deaf": 1, "drop": 1, "evict": 1, "echo": 1, "cancel": 1,
+    "error": 1, "missing": 2, "partial": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("jobs", "servers", "faults", "most"),
+    [
+        ("a", "S", FAULTS, 2),  # whatever two things go wrong with one job
+        ("a", "ST", FAULTS, 1),
+        ("ab", "S", {"restart": 1, "loss": 1}, 1),  # two jobs on one worker
+        ("ab", "ST", {"crash": 1}, 1),  # a crash anywhere, with two jobs on two servers
+    ],
+)
+def test_nothing_is_lost_doubled_or_stuck(jobs, servers, faults, most):
+    states = explore(jobs, servers, faults, most)
+    assert states > 1000  # or the world got smaller than it claims to be
+
+
+# --- bugs that the explorer must find ------------------------------------------------------------
+
+
+def _replaced(monkeypatch: pytest.MonkeyPatch, state: State, fact: type, rule: lifecycle.Rule):
+    monkeypatch.setattr(lifecycle, "TABLE", {**lifecycle.TABLE, (state, fact): rule})
+
+
+def test_it_finds_a_missing_grace(monkeypatch):
+    """A POST of a dead daemon arrives after we looked: two attempts on a server."""
+    hasty = dataclasses.replace(explorer.POLICY, lost_grace_s=0)
+    monkeypatch.setattr(explorer, "POLICY", hasty)
+    with pytest.raises(AssertionError, match="an older attempt is alive"):
+        explore("a", "S", {"crash": 1, "loss": 1}, 2)
+
+
+def test_it_finds_a_blind_resend(monkeypatch):
+    """An unknown POST that is simply sent again."""
+
+    def resend(job: Job, fact: object, ctx: Context) -> Step:
+        return moves.requeue(job, ctx)
+
+    _replaced(monkeypatch, State.SUBMITTING, submitting.SubmitUnknown, resend)
+    with pytest.raises(AssertionError, match="an older attempt is alive"):
+        explore("a", "S", {"loss": 1}, 1)
+
+
+def test_it_finds_a_publication_without_its_own_commit(monkeypatch):
+    """Collected, and published in the same breath: after a crash nobody knows whether it was."""
+
+    def at_once(job: Job, fact: object, ctx: Context) -> Step:
+        return dataclasses.replace(finishing.collected(job, fact, ctx), urgent=False)
+
+    _replaced(monkeypatch, State.COLLECTING, finishing.Collected, at_once)
+    monkeypatch.setitem(_entry(monkeypatch), State.PUBLISHING, Ask.COLLECT)
+    with pytest.raises(AssertionError):
+        explore("a", "S", {"crash": 1}, 1)
+
+
+def _entry(monkeypatch: pytest.MonkeyPatch) -> dict[State, Ask]:
+    entry = dict(moves.ON_ENTRY)
+    monkeypatch.setattr(moves, "ON_ENTRY", entry)
+    return entry
+
+
+def test_it_finds_a_job_that_nobody_looks_after(monkeypatch):
+    """No planned look after an end signal whose record is not there."""
+    monkeypatch.setattr(submitted, "plan", lambda job, ask, until_s: job)
+    with pytest.raises(AssertionError, match=r"stuck|never finish"):
+        explore("a", "S", {"evict": 1, "deaf": 1}, 1)
+
+
+def test_it_finds_a_claimed_file_removed_too_early(monkeypatch):
+    monkeypatch.setitem(_entry(monkeypatch), State.PUBLISHING, Ask.RETIRE)
+    with pytest.raises(AssertionError):
+        explore("a", "S", {}, 0)
+
+
+def test_it_finds_a_delivery_that_is_forgotten(monkeypatch):
+    """Published, but sent round again."""
+
+    def again(job: Job, fact: Published, ctx: Context) -> Step:
+        return move(job, State.COLLECTING, ctx)
+
+    _replaced(monkeypatch, State.PUBLISHING, Published, again)
+    with pytest.raises(AssertionError):
+        explore("a", "S", {}, 0)
