@@ -66,13 +66,14 @@ class Daemon:
 
     Attributes:
       stop: Ends `run` in an orderly way.
+      stopped: Set once it is ending, whoever asked for it.
 
     """
 
     http_url: str
-    journal: Journal
     snapshot: Callable[[], Awaitable[Snapshot]]
     stop: Callable[[], None]
+    stopped: trio.Event
 
 
 def policy_of(config: Config) -> Policy:
@@ -168,6 +169,7 @@ async def _run(
     await trio.to_thread.run_sync(delivery.reap, spool, {row.job for row in active})
     engine.load(active, crashed=crashed, now_s=clock.now_s(), u=random.random())
 
+    stopped = trio.Event()
     async with trio.open_nursery() as nursery:
         if signals:
             await nursery.start(_stop_on_signal, nursery.cancel_scope)
@@ -219,7 +221,9 @@ async def _run(
             now_s=clock.now_s,
             known=lambda job: trio.from_thread.run(journal.get, job) is not None,
         )
-        nursery.start_soon(_adopt, spool, journal, intake, inbox)
+        # Listed before the watcher starts: what that claims gets its row from there.
+        left = await trio.to_thread.run_sync(lambda: sorted(os.listdir(spool.claimed)))
+        nursery.start_soon(_adopt, left, journal, intake, inbox)
         await nursery.start(
             partial(
                 watch,
@@ -236,7 +240,9 @@ async def _run(
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         _log.info("ready", http=url, spool=str(config.spool), servers=len(links))
         sdnotify.notify(READY="1", STATUS=overview.status_line())
-        task_status.started(Daemon(url, journal, overview.snapshot, nursery.cancel_scope.cancel))
+        stop = nursery.cancel_scope.cancel
+        task_status.started(Daemon(url, overview.snapshot, stop, stopped))
+    stopped.set()
     sdnotify.notify(STOPPING="1")
     with trio.move_on_after(FAREWELL_S, shield=True):
         await dispatcher.flush()
@@ -257,9 +263,8 @@ async def _stop_on_signal(
     scope.cancel()
 
 
-async def _adopt(spool: Spool, journal: Journal, intake: Intake, inbox: Inbox) -> None:
+async def _adopt(names: list[str], journal: Journal, intake: Intake, inbox: Inbox) -> None:
     """Once, after the start: make rows for claimed files that a crash left without one."""
-    names = await trio.to_thread.run_sync(lambda: sorted(os.listdir(spool.claimed)))
     for at in range(0, len(names), ADOPT):
         batch = {job_of(name): name for name in names[at : at + ADOPT]}
         missing = await journal.without_rows(batch)
