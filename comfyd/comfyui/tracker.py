@@ -17,6 +17,7 @@ from pathlib import Path
 from ssl import SSLContext
 from typing import Final, Literal, NoReturn, cast
 
+import h11
 import trio
 import trio_websocket as tws
 import wsproto.utilities
@@ -347,7 +348,8 @@ def _translated(ear: Ear) -> Iterator[None]:
         raise _broken_handshake(ear) from group
     except* tws.ConnectionClosed as group:
         raise _closed(group) from group
-    except* (tws.HandshakeError, wsproto.utilities.ProtocolError) as group:
+    except* (tws.HandshakeError, wsproto.utilities.ProtocolError, h11.ProtocolError) as group:
+        # h11's own: after a broken 101 the library tries to answer as if it were the server.
         raise _Lost("error", "the server broke the WebSocket protocol") from group
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 
-from comfyd.core import finishing, lifecycle, moves, submitted, submitting
-from comfyd.core.facts import Published
+from comfyd.core import finishing, lifecycle, moves, submitted
+from comfyd.core.facts import Collected, Published, SubmitUnknown
 from comfyd.core.job import Ask, Context, Job, Step
 from comfyd.core.model import State
 from comfyd.core.moves import move
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests are no package: their files stand alone
-import explorer
-from explorer import explore
+from tests.core import explorer
+from tests.core.explorer import explore
 
 FAULTS = {
     "crash": 2, "loss": 2, "restart": 1, "deaf": 1, "drop": 1, "evict": 1, "echo": 1, "cancel": 1,
@@ -59,7 +55,7 @@ def test_it_finds_a_blind_resend(monkeypatch):
     def resend(job: Job, fact: object, ctx: Context) -> Step:
         return moves.requeue(job, ctx)
 
-    _replaced(monkeypatch, State.SUBMITTING, submitting.SubmitUnknown, resend)
+    _replaced(monkeypatch, State.SUBMITTING, SubmitUnknown, resend)
     with pytest.raises(AssertionError, match="an older attempt is alive"):
         explore("a", "S", {"loss": 1}, 1)
 
@@ -67,10 +63,10 @@ def test_it_finds_a_blind_resend(monkeypatch):
 def test_it_finds_a_publication_without_its_own_commit(monkeypatch):
     """Collected, and published in the same breath: after a crash nobody knows whether it was."""
 
-    def at_once(job: Job, fact: object, ctx: Context) -> Step:
+    def at_once(job: Job, fact: Collected, ctx: Context) -> Step:
         return dataclasses.replace(finishing.collected(job, fact, ctx), urgent=False)
 
-    _replaced(monkeypatch, State.COLLECTING, finishing.Collected, at_once)
+    _replaced(monkeypatch, State.COLLECTING, Collected, at_once)
     monkeypatch.setitem(_entry(monkeypatch), State.PUBLISHING, Ask.COLLECT)
     with pytest.raises(AssertionError):
         explore("a", "S", {"crash": 1}, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -55,7 +55,7 @@ class Life:
         self.job = Job(Row(job=J, seq=1, claimed_at=0.0, **row))  # type: ignore[arg-type]
         self.now_s = 0.0
         self.orders: tuple[orders.JobOrder, ...] = ()
-        self.notes: list[object] = []
+        self.notes: list[tuple[str, dict[str, Any]]] = []
 
     @property
     def token(self) -> Token:
@@ -608,37 +608,34 @@ def any_fact(draw: st.DrawFn, token: Token) -> JobFact:
         if found
         else draw(st.sampled_from([FetchResult.EMPTY, FetchResult.ERROR, FetchResult.UNREADABLE]))
     )
-    return draw(
-        st.sampled_from(
-            [
-                facts.Accepted(token=token),
-                facts.Accepted(token=token, node_errors={"9": {}}),
-                facts.Rejected(token=token, message="no"),
-                facts.NotSent(token=token, reason="refused"),
-                facts.SubmitUnknown(token=token, reason="timeout"),
-                facts.Unsendable(token=token, message="gone"),
-                facts.Probed(token=token, presence=presence, record=record),
-                facts.Fetched(token=token, result=result, record=draw(RECORDS) if found else None),
-                facts.Collected(token=token, staged=STAGED),
-                facts.CollectFailed(
-                    token=token, cause=draw(st.sampled_from(list(Uncollected))), message=""
-                ),
-                facts.Published(token=token),
-                facts.PublishConflict(token=token, message=""),
-                facts.PublishDelayed(token=token, message=""),
-                facts.Retired(token=token),
-                Hint(server=S, prompt_id=prompt_id_of(J, 1), sign=draw(SIGNS)),
-                facts.CheckAsked(job=J),
-                facts.CancelAsked(job=J),
-                facts.ReleaseAsked(job=J),
-                facts.HoldAsked(job=J, reason="why"),
-                Assigned(S, "http://s", "c"),
-                Orphaned("disconnected"),
-                Doubted(),
-                Due(),
-            ]
-        )
-    )
+    options: list[JobFact] = [
+        facts.Accepted(token=token),
+        facts.Accepted(token=token, node_errors={"9": {}}),
+        facts.Rejected(token=token, message="no"),
+        facts.NotSent(token=token, reason="refused"),
+        facts.SubmitUnknown(token=token, reason="timeout"),
+        facts.Unsendable(token=token, message="gone"),
+        facts.Probed(token=token, presence=presence, record=record),
+        facts.Fetched(token=token, result=result, record=draw(RECORDS) if found else None),
+        facts.Collected(token=token, staged=STAGED),
+        facts.CollectFailed(
+            token=token, cause=draw(st.sampled_from(list(Uncollected))), message=""
+        ),
+        facts.Published(token=token),
+        facts.PublishConflict(token=token, message=""),
+        facts.PublishDelayed(token=token, message=""),
+        facts.Retired(token=token),
+        Hint(server=S, prompt_id=prompt_id_of(J, 1), sign=draw(SIGNS)),
+        facts.CheckAsked(job=J),
+        facts.CancelAsked(job=J),
+        facts.ReleaseAsked(job=J),
+        facts.HoldAsked(job=J, reason="why"),
+        Assigned(S, "http://s", "c"),
+        Orphaned("disconnected"),
+        Doubted(),
+        Due(),
+    ]
+    return draw(st.sampled_from(options))
 
 
 @given(st.data())

@@ -159,9 +159,13 @@ def _decode_data(type_: str, data: bytes) -> Message:
         case "execution_start" | "execution_cached" | "progress" | "progress_state" | "executed":
             return Alive(type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id))
         case "execution_success":
-            return Ending(type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id), End.SUCCESS)
+            return Ending(
+                type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id), End.SUCCESS
+            )
         case "execution_interrupted":
-            return Ending(type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id), End.INTERRUPTED)
+            return Ending(
+                type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id), End.INTERRUPTED
+            )
         case "execution_error":
             failed, _ = decode(data, _error, lax=False)
             prompt_id = _checked(failed.prompt_id)
