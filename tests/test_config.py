@@ -178,6 +178,10 @@ def test_a_first_wait_longer_than_the_longest_is_refused():
     assert (error.key, error.line) == ("tracker.reconnect_first", 1)
 
 
+def test_protection_that_is_not_there_is_not_promised():
+    assert "not supported" in refused(f"metrics: {{web_config: {EXAMPLE}}}").problem
+
+
 def test_a_certificate_file_must_exist(tmp_path):
     server = {"url": "https://gpu"}
     assert refused(one_server(ca_file=str(tmp_path / "no.pem"), **server)).key.endswith(".ca_file")

@@ -177,6 +177,11 @@ class Metrics:
     listen: Listen = setting(_listen, Listen("127.0.0.1", 9818))
     web_config: Path | None = setting(values.optional(values.existing_file), None)
 
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Settings that do not go together, as (key, problem)."""
+        if self.web_config is not None:  # taken silently, it would promise protection
+            yield "web_config", "is not supported yet; for TLS and passwords use a reverse proxy"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
