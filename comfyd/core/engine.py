@@ -92,6 +92,12 @@ class Server:
     death_charged: bool = False
 
     @property
+    def opens_s(self) -> float:
+        """When something may be sent to it, as far as refusals and its connection go."""
+        connected = self.client_id is not None
+        return self.closed_until_s if connected else max(self.closed_until_s, self.listen_by_s)
+
+    @property
     def hearing(self) -> bool:
         return self.client_id is not None and not self.stalled
 
@@ -218,9 +224,9 @@ class Engine:
         deadline_s = self._due[0][0] if self._due else math.inf
         if self._queued:  # somebody waits for a server to be tried again
             for server in self.servers.values():
-                for opens_s in (server.closed_until_s, server.listen_by_s):
-                    if self._now_s < opens_s < deadline_s:
-                        deadline_s = opens_s
+                opens_s = server.opens_s
+                if self._now_s < opens_s < deadline_s:
+                    deadline_s = opens_s
         return min(deadline_s, self._next_delayed_s)
 
     def knows(self, prompt_id: PromptId) -> bool:
@@ -319,8 +325,11 @@ class Engine:
             self._queue = queue[:LOOK_AHEAD]
 
     def _is_queued(self, entry: tuple[int, int, JobId]) -> bool:
+        """Whether this entry of the heap is a job that may be sent now."""
         job = self.jobs.get(entry[2])
-        return job is not None and job.row.state is State.QUEUED
+        if job is None or job.row.state is not State.QUEUED:
+            return False
+        return job.row.not_before <= self._now_s
 
     def _remove(self, job_id: JobId) -> None:
         row = self.jobs.pop(job_id).row
@@ -389,9 +398,8 @@ class Engine:
             theirs = server.remaining if server.hearing and ours else 0
             room = window(server.window, server.run_average_s)
             load = max(ours, theirs)
-            listens = server.hearing or now_s >= server.listen_by_s
-            usable = server.up and not server.refusal and now_s >= server.closed_until_s
-            if usable and listens and load < room:
+            usable = server.up and not server.refusal and now_s >= server.opens_s
+            if usable and load < room:
                 share = max(ours, server.remaining) / room
                 if best is None or share < best[0]:
                     best = share, server

@@ -1,0 +1,317 @@
+"""The engine: who runs next and where, what it remembers, and when it wants to be woken."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import msgspec
+import pytest
+
+from comfyd.core import facts, orders
+from comfyd.core.engine import LOOK_AHEAD, Batch, Engine, Server
+from comfyd.core.facts import Hint, Presence, Sign, Token
+from comfyd.core.model import JobId, PromptId, Record, Row, ServerName, Staged, State, prompt_id_of
+from comfyd.core.policy import Policy
+
+POLICY = Policy()
+A, B = ServerName("a"), ServerName("b")
+
+
+class Rig:
+    """An engine with a store that is a dict, and the clock in our hands."""
+
+    def __init__(self, *windows: int | None, connected: bool = True) -> None:
+        names = [A, B][: len(windows) or 1]
+        windows = windows or (2,)
+        servers = [
+            Server(name=name, origin=f"http://{name}", window=window)
+            for name, window in zip(names, windows, strict=True)
+        ]
+        self.engine = Engine(servers, POLICY, Counter())
+        self.now_s = 1000.0
+        self.store: dict[JobId, Row] = {}
+        self.batch = Batch()
+        self.given: list[orders.JobOrder] = []
+        self.engine.load([], crashed=False, now_s=self.now_s, u=0.0)
+        for server in servers:
+            self.tell(facts.Health(server=server.name, ok=True))
+            if connected:
+                self.tell(facts.Connected(server=server.name, client_id=f"c-{server.name}"))
+
+    def tell(self, *told: facts.Fact, after_s: float = 0.0) -> list[orders.JobOrder]:
+        self.now_s += after_s
+        for fact in told:
+            self.engine.handle(fact, now_s=self.now_s, u=0.0)
+        given: list[orders.JobOrder] = []
+        while True:
+            self.batch = self.engine.take(now_s=self.now_s, u=0.0)
+            for change in self.batch.changes:
+                old = self.store.get(change.row.job)
+                assert (None if old is None else old.version) == change.expected
+                self.store[change.row.job] = change.row
+            refill = [o for o in self.batch.orders if isinstance(o, orders.Refill)]
+            given += [o for o in self.batch.orders if not isinstance(o, orders.Refill)]
+            if not refill:
+                break
+            queued = [r for r in self.store.values() if r.state is State.QUEUED]
+            due = [r for r in queued if r.not_before <= self.now_s]
+            due.sort(key=lambda r: (-r.priority, r.seq))
+            later = min((r.not_before for r in queued if r.not_before > self.now_s), default=None)
+            rows = tuple(due[: refill[0].count])
+            self.engine.handle(
+                facts.Candidates(rows=rows, next_due_s=later), now_s=self.now_s, u=0.0
+            )
+        self.given += given
+        return given
+
+    def drop(self, *names: str, **row: object) -> list[orders.JobOrder]:
+        first = len(self.store)
+        return self.tell(
+            *(
+                facts.Claimed(row=Row(job=JobId(n), seq=first + i, claimed_at=self.now_s, **row))  # type: ignore[arg-type]
+                for i, n in enumerate(names)
+            )
+        )
+
+    def token(self, job: str) -> Token:
+        held = self.engine.jobs[JobId(job)]
+        return Token(held.row.job, held.row.attempt, held.live.seq)
+
+    def accept(self, *names: str) -> None:
+        for name in names:
+            self.tell(facts.Accepted(token=self.token(name), number=self.now_s))
+
+    def hint(self, job: str, sign: Sign, server: ServerName = A) -> list[orders.JobOrder]:
+        return self.tell(Hint(server=server, prompt_id=prompt_id_of(JobId(job), 1), sign=sign))
+
+
+def names(given: list[orders.JobOrder], kind: type = orders.Submit) -> list[str]:
+    return [order.row.job for order in given if isinstance(order, kind)]
+
+
+def test_highest_priority_first_then_arrival():
+    rig = Rig(1)
+    rig.drop("first")
+    rig.drop("low", priority=-1)
+    rig.drop("b", "c")
+    rig.drop("high", priority=5)
+    order = ["first"]
+    while len(order) < 5:
+        rig.accept(order[-1])
+        rig.hint(order[-1], Sign.ENDED)
+        given = rig.tell(
+            facts.Fetched(
+                token=rig.token(order[-1]),
+                result=facts.FetchResult.FOUND,
+                record=msgspec.convert({"end": "success"}, Record),
+            )
+        )
+        order += names(given)
+    assert order == ["first", "high", "b", "c", "low"]
+
+
+def test_a_window_is_never_exceeded_and_the_less_loaded_server_is_chosen():
+    rig = Rig(2, 2)
+    given = rig.drop("a1", "a2", "a3", "a4", "a5")
+    assert names(given) == ["a1", "a2", "a3", "a4"]
+    placed = Counter(order.row.server for order in given)
+    assert placed == {A: 2, B: 2}
+    assert rig.store[JobId("a5")].state is State.QUEUED
+
+
+def test_others_prompts_count_but_never_keep_us_out_for_good():
+    rig = Rig(4)
+    rig.tell(facts.QueueSeen(server=A, remaining=50))
+    assert names(rig.drop("x", "y")) == ["x"]
+
+
+def test_nothing_is_sent_to_a_server_that_is_down_refused_or_not_yet_asked():
+    for news in (
+        facts.Health(server=A, ok=False),
+        facts.Health(server=A, ok=True, refusal="too old"),
+    ):
+        rig = Rig()
+        rig.tell(news)
+        assert names(rig.drop("x")) == []
+        assert names(rig.tell(facts.Health(server=A, ok=True))) == ["x"]
+
+
+def test_a_missing_connection_is_given_time_then_prompts_are_sent_and_polled():
+    rig = Rig(2, connected=False)
+    assert names(rig.drop("x")) == []
+    assert rig.engine.next_deadline_s() == rig.now_s + POLICY.listen_grace_s
+    given = rig.tell(facts.Tick(), after_s=POLICY.listen_grace_s)
+    assert names(given) == ["x"]
+    assert given[0].row.client_id == given[0].row.prompt_id
+    rig.accept("x")
+    assert rig.engine.next_deadline_s() == rig.now_s + POLICY.orphan_interval_s
+
+
+def test_every_prompt_carries_the_live_connections_client_id():
+    rig = Rig(2)
+    assert rig.drop("x")[0].row.client_id == "c-a"
+    rig.tell(facts.Disconnected(server=A, cause="closed"))
+    rig.tell(facts.Connected(server=A, client_id="fresh"))
+    assert rig.drop("y")[0].row.client_id == "fresh"
+
+
+def test_a_server_that_turns_submissions_away_is_left_alone_longer_each_time():
+    rig = Rig(2)
+    rig.drop("x")
+    waits = []
+    for _ in range(3):
+        assert rig.tell(facts.NotSent(token=rig.token("x"), reason="refused")) == []
+        waits.append(rig.engine.next_deadline_s() - rig.now_s)
+        assert names(rig.tell(facts.Tick(), after_s=waits[-1])) == ["x"]
+    assert waits == pytest.approx([0.5, 1.0, 2.0])
+    rig.accept("x")
+    assert rig.engine.servers[A].failures == 0
+    assert rig.store[JobId("x")].charged == 0
+
+
+def test_retry_after_is_honoured_within_reason():
+    rig = Rig(2)
+    rig.drop("x")
+    rig.tell(facts.NotSent(token=rig.token("x"), reason="status", retry_after_s=1e9))
+    assert rig.engine.next_deadline_s() == rig.now_s + POLICY.abandon_after_s
+
+
+def test_a_lost_connection_makes_orphans_and_a_new_one_sweeps():
+    rig = Rig(2)
+    rig.drop("x")
+    rig.accept("x")
+    assert names(rig.tell(facts.Disconnected(server=A, cause="closed")), orders.Probe) == ["x"]
+    rig.tell(facts.Probed(token=rig.token("x"), presence=Presence.RUNNING))
+    given = rig.tell(facts.Connected(server=A, client_id="fresh"))
+    assert names(given, orders.Probe) == ["x"]
+
+
+def test_a_stalled_publisher_is_worked_by_polling():
+    rig = Rig(2)
+    rig.drop("x")
+    rig.accept("x")
+    given = rig.tell(facts.StalledPublisher(server=A, stalled=True))
+    assert names(given, orders.Probe) == ["x"]
+    assert rig.drop("y")[0].row.client_id == rig.store[JobId("y")].prompt_id
+
+
+def test_a_later_prompt_that_runs_is_a_reason_to_look_at_the_earlier_one():
+    rig = Rig(2)
+    rig.drop("x", "y")
+    rig.accept("x")
+    rig.now_s += 1
+    rig.accept("y")
+    assert names(rig.hint("y", Sign.ALIVE), orders.Probe) == ["x"]
+    assert names(rig.hint("y", Sign.ALIVE), orders.Probe) == []
+
+
+def test_an_empty_queue_is_a_reason_to_look_a_little_later():
+    rig = Rig(2)
+    rig.drop("x")
+    rig.accept("x")
+    assert rig.tell(facts.QueueSeen(server=A, remaining=0)) == []
+    assert rig.engine.next_deadline_s() == rig.now_s + POLICY.ending_grace_s
+
+
+def test_foreign_and_unknown_facts_are_dropped_and_counted():
+    rig = Rig(2)
+    rig.drop("x")
+    for fact in (
+        Hint(server=A, prompt_id=PromptId("nobody's"), sign=Sign.ENDED),
+        Hint(server=B, prompt_id=prompt_id_of(JobId("x"), 1), sign=Sign.ENDED),
+        facts.Retired(token=Token(JobId("gone"), 1, 1)),
+        facts.CancelAsked(job=JobId("gone")),
+        facts.Health(server=ServerName("nowhere"), ok=True),
+    ):
+        rig.tell(fact)
+        assert [note.kind for note in rig.batch.notes] == ["dropped"]
+
+
+def test_when_a_server_dies_only_what_ran_or_the_oldest_is_charged():
+    for running in (None, "y"):
+        rig = Rig(3)
+        rig.drop("x", "y", "z")
+        for name in ("x", "y", "z"):
+            rig.now_s += 1
+            rig.accept(name)
+        if running is not None:
+            for given in (rig.hint(running, Sign.ALIVE),):
+                for name in names(given, orders.Probe):
+                    rig.tell(facts.Probed(token=rig.token(name), presence=Presence.PENDING))
+        rig.tell(facts.Disconnected(server=A, cause="closed"))
+        rig.tell(facts.Health(server=A, ok=False))
+        for _ in range(2):
+            for name in ("x", "y", "z"):
+                rig.tell(facts.Probed(token=rig.token(name), presence=Presence.REFUSED))
+            rig.tell(facts.Tick(), after_s=POLICY.lost_grace_s)
+        charged = {name: rig.store[JobId(name)].charged for name in ("x", "y", "z")}
+        assert charged == {name: int(name == (running or "x")) for name in ("x", "y", "z")}
+
+
+def test_the_queue_in_memory_is_bounded_and_refilled_in_order():
+    rig = Rig(1)
+    total = 2 * LOOK_AHEAD + 100
+    for at in range(0, total, 200):
+        rig.drop(*(f"j{i:05}" for i in range(at, min(at + 200, total))))
+    assert len(rig.engine.jobs) <= LOOK_AHEAD + 201
+    assert rig.engine.counts[State.QUEUED] + rig.engine.counts[State.SUBMITTING] == total
+    sent = ["j00000"]
+    for _ in range(total - 1):
+        given = rig.tell(facts.Rejected(token=rig.token(sent[-1]), message="no"))
+        sent += names(given)
+    assert sent == [f"j{i:05}" for i in range(total)]
+
+
+def test_a_delayed_row_comes_back_when_it_is_due():
+    rig = Rig(1)
+    rig.drop("x")
+    rig.accept("x")
+    rig.hint("x", Sign.ALIVE)
+    rig.tell(facts.Disconnected(server=A, cause="closed"))
+    rig.tell(facts.Probed(token=rig.token("x"), presence=Presence.ABSENT))
+    rig.tell(facts.Connected(server=A, client_id="fresh"), after_s=POLICY.lost_grace_s)
+    rig.tell(facts.Probed(token=rig.token("x"), presence=Presence.ABSENT))
+    row = rig.store[JobId("x")]
+    assert (row.state, row.charged) == (State.QUEUED, 1)
+    assert JobId("x") not in rig.engine.jobs
+    assert rig.engine.next_deadline_s() == row.not_before
+    assert names(rig.tell(facts.Tick(), after_s=row.not_before - rig.now_s)) == ["x"]
+
+
+def test_what_is_retired_is_forgotten():
+    rig = Rig(1)
+    rig.drop("x")
+    rig.tell(facts.Rejected(token=rig.token("x"), message="no"))
+    staged = msgspec.convert({"manifest_sha256": "ab"}, Staged)
+    rig.tell(facts.Collected(token=rig.token("x"), staged=staged))
+    rig.tell(facts.Published(token=rig.token("x")))
+    rig.tell(facts.Retired(token=rig.token("x")))
+    assert not rig.engine.jobs
+    assert not rig.engine.knows(prompt_id_of(JobId("x"), 1))
+    assert rig.engine.next_deadline_s() == math.inf
+    assert rig.engine.counts[State.FAILED] == 1
+
+
+def test_times_from_the_future_become_now_at_load():
+    row = Row(
+        job=JobId("x"), seq=0, state=State.SUBMITTED, attempt=1, server=A, origin="http://a",
+        prompt_id=prompt_id_of(JobId("x"), 1), claimed_at=9e9, submitted_at=9e9,
+    )  # fmt: skip
+    rig = Rig(1)
+    rig.engine.load([row], crashed=False, now_s=rig.now_s, u=0.0)
+    assert rig.engine.jobs[JobId("x")].row.submitted_at == rig.now_s
+
+
+def test_auto_windows_follow_the_recent_pace():
+    rig = Rig(None)
+    assert len(names(rig.drop(*"abcdefgh"))) == 2
+    rig.accept("a")
+    rig.hint("a", Sign.ALIVE)
+    rig.now_s += 0.1
+    rig.hint("a", Sign.ENDED)
+    record = msgspec.convert({"end": "success"}, Record)
+    given = rig.tell(
+        facts.Fetched(token=rig.token("a"), result=facts.FetchResult.FOUND, record=record)
+    )
+    assert len(names(given)) == 5  # six may be there now: one runs, five wait 500 ms together
