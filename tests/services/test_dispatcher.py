@@ -1,0 +1,246 @@
+"""Commit, then act: the dispatcher, its inbox and the auditor, with a clock that jumps."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from comfyd.core import facts, orders
+from comfyd.core.engine import Engine, Server
+from comfyd.core.facts import Claimed, Hint, QueueSeen, Sign, Token
+from comfyd.core.model import JobId, PromptId, Row, ServerName, State
+from comfyd.core.notes import Note
+from comfyd.core.policy import Policy
+from comfyd.errors import DiskFull, JournalError
+from comfyd.journal.memory import MemoryStore
+from comfyd.journal.store import Batch
+from comfyd.journal.thread import Journal
+from comfyd.services.clock import Clock
+from comfyd.services.dispatcher import Auditor, Dispatcher
+from comfyd.services.inbox import BATCH, CLAIMS, Inbox
+
+A = ServerName("a")
+J = JobId("fox")
+WALL_S = 1_700_000_000.0
+
+
+class Disk(MemoryStore):
+    """A store whose next commits can be made to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = 0
+        self.refuse = False
+        self.batches: list[Batch] = []
+
+    def commit(self, batch: Batch) -> tuple[bool, ...]:
+        if self.full:
+            self.full -= 1
+            raise DiskFull("no space left")
+        self.batches.append(batch)
+        done = super().commit(batch)
+        return tuple(False for _ in done) if self.refuse else done
+
+
+class Rig:
+    def __init__(self, journal: Journal, disk: Disk) -> None:
+        self.clock = Clock(WALL_S)
+        server = Server(name=A, origin="http://a", window=2)
+        self.engine = Engine([server], Policy(), Counter())
+        self.engine.load([], crashed=False, now_s=self.clock.now_s(), u=0.0)
+        self.disk = disk
+        self.inbox = Inbox(self.engine.knows)
+        self.auditor = Auditor(self.inbox, self.clock)
+        self.performed: list[tuple[float, orders.JobOrder, State]] = []
+        self.notes: list[Note] = []
+        self.dispatcher = Dispatcher(
+            self.engine,
+            self.inbox,
+            journal,
+            self.clock,
+            perform=self.perform,
+            observe=self.notes.extend,
+            on_deadline=self.auditor.set_deadline,
+            draw=lambda: 0.0,
+        )
+
+    def perform(self, order: orders.JobOrder) -> None:
+        stored = self.disk.get(order.row.job)
+        assert stored is not None, "an order before its commit"
+        self.performed.append((self.clock.now_s() - WALL_S, order, stored.state))
+
+    def claim(self, *names: str) -> list[Claimed]:
+        return [
+            Claimed(row=Row(job=JobId(name), seq=seq, claimed_at=self.clock.now_s()))
+            for seq, name in enumerate(names)
+        ]
+
+    def ready(self) -> None:
+        self.inbox.put(facts.Health(server=A, ok=True))
+        self.inbox.put(facts.Connected(server=A, client_id="c"))
+
+    def token(self) -> Token:
+        job = self.engine.jobs[J]
+        return Token(J, job.row.attempt, job.live.seq)
+
+
+def waiting(rig: Rig) -> bool:
+    return rig.dispatcher.waits_for_space
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Rig]:
+    disk = Disk()
+    async with Journal(lambda: disk, inline=True) as journal, trio.open_nursery() as nursery:
+        rig = Rig(journal, disk)
+        nursery.start_soon(rig.dispatcher.run)
+        nursery.start_soon(rig.auditor.run)
+        yield rig
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_order_is_given_only_after_its_row_is_committed(
+    autojump_clock: MockClock,
+) -> None:
+    async with running() as rig:
+        rig.ready()
+        await rig.inbox.claim(rig.claim("fox"))
+        await trio.sleep(0.1)
+        ((_, order, state),) = rig.performed
+        assert isinstance(order, orders.Submit)
+        assert state is State.SUBMITTING
+        assert order.row == rig.disk.get(J)
+
+
+async def test_facts_that_come_together_share_one_commit(autojump_clock: MockClock) -> None:
+    async with running() as rig:
+        rig.ready()
+        await rig.inbox.claim(rig.claim(*(f"j{i}" for i in range(100))))
+        await trio.sleep(0.1)
+        assert len(rig.disk.batches) == 1
+        assert rig.disk.counts()[State.QUEUED] == 98
+
+
+async def test_what_nothing_waits_for_rides_with_the_next_commit_or_goes_after_a_second(
+    autojump_clock: MockClock,
+) -> None:
+    async with running() as rig:
+        rig.ready()
+        await rig.inbox.claim(rig.claim("fox"))
+        await trio.sleep(0.1)
+        rig.inbox.put(facts.Accepted(token=rig.token()))
+        await trio.sleep(0.1)
+        commits = len(rig.disk.batches)
+        prompt_id = rig.engine.jobs[J].row.prompt_id
+        assert prompt_id is not None
+        assert rig.inbox.hint(Hint(server=A, prompt_id=prompt_id, sign=Sign.ALIVE))
+        await trio.sleep(0.5)
+        assert len(rig.disk.batches) == commits
+        await trio.sleep(1)
+        assert len(rig.disk.batches) == commits + 1
+        stored = rig.disk.get(J)
+        assert stored is not None
+        assert stored.started_at is not None
+
+
+async def test_a_full_disk_is_a_pause(autojump_clock: MockClock) -> None:
+    async with running() as rig:
+        rig.ready()
+        rig.disk.full = 3
+        await rig.inbox.claim(rig.claim("fox"))
+        await trio.sleep(5)
+        assert waiting(rig)
+        assert rig.performed == []
+        await trio.sleep(2)
+        assert not waiting(rig)
+        assert [type(order) for _, order, _ in rig.performed] == [orders.Submit]
+        assert len(rig.disk.batches) == 1
+
+
+async def test_a_change_that_does_not_apply_ends_the_daemon(autojump_clock: MockClock) -> None:
+    with pytest.RaisesGroup(JournalError, flatten_subgroups=True):
+        async with running() as rig:
+            rig.disk.refuse = True
+            await rig.inbox.claim(rig.claim("fox"))
+            await trio.sleep(1)
+
+
+async def test_the_auditor_wakes_the_engine_exactly_when_due(autojump_clock: MockClock) -> None:
+    async with running() as rig:
+        rig.ready()
+        await rig.inbox.claim(rig.claim("fox"))
+        await trio.sleep(1)
+        rig.inbox.put(facts.Accepted(token=rig.token()))
+        await trio.sleep(400)
+        looks = [at for at, order, _ in rig.performed if isinstance(order, orders.Probe)]
+        assert looks == pytest.approx([301])  # stale_after from its acceptance; no answer yet
+
+
+async def test_the_story_is_committed_with_the_rows(autojump_clock: MockClock) -> None:
+    async with running() as rig:
+        rig.ready()
+        await rig.inbox.claim(rig.claim("fox"))
+        await trio.sleep(0.1)
+        told = [(event.kind, event.data.get("state")) for event in rig.disk.events(J)]
+        assert told == [("claimed", None), ("moved", "submitting")]
+        assert rig.disk.events(J)[0].at == pytest.approx(WALL_S, abs=1)
+
+
+# --- the inbox -----------------------------------------------------------------------------------
+
+
+async def test_floods_of_hints_collapse_and_an_end_is_never_hidden() -> None:
+    inbox = Inbox(lambda prompt_id: prompt_id == "ours")
+    for sign in [Sign.ALIVE] * 1000 + [Sign.ENDED] + [Sign.ALIVE] * 1000 + [Sign.ENDING]:
+        assert inbox.hint(Hint(server=A, prompt_id=PromptId("ours"), sign=sign))
+        assert not inbox.hint(Hint(server=A, prompt_id=PromptId("other"), sign=sign))
+    assert inbox.take() == [Hint(server=A, prompt_id=PromptId("ours"), sign=Sign.ENDED)]
+    assert inbox.take() == []
+
+
+async def test_hints_come_before_the_queues_length_and_only_its_last_counts() -> None:
+    inbox = Inbox(lambda prompt_id: True)
+    for remaining in (3, 2, 0):
+        inbox.put(QueueSeen(server=A, remaining=remaining))
+    inbox.hint(Hint(server=A, prompt_id=PromptId("p"), sign=Sign.ENDED))
+    assert [type(fact) for fact in inbox.take()] == [Hint, QueueSeen]
+
+
+async def test_claims_wait_for_room(autojump_clock: MockClock) -> None:
+    inbox = Inbox(lambda prompt_id: True)
+    claim = Claimed(row=Row(job=J, seq=0))
+    await inbox.claim([claim] * CLAIMS)
+    with trio.move_on_after(10) as waited:
+        await inbox.claim([claim])
+    assert waited.cancelled_caught
+    assert len(inbox.take()) == BATCH
+    with trio.fail_after(10):
+        await inbox.claim([claim])
+    await inbox.wait()
+    left = 0
+    while taken := inbox.take():
+        left += len(taken)
+    assert left == CLAIMS - BATCH + 1
+
+
+async def test_an_auditor_without_a_deadline_sleeps(autojump_clock: MockClock) -> None:
+    inbox = Inbox(lambda prompt_id: True)
+    auditor = Auditor(inbox, clock := Clock(0.0))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(auditor.run)
+        await trio.sleep(1000)
+        assert inbox.take() == []
+        auditor.set_deadline(clock.now_s() + 5)
+        auditor.set_deadline(clock.now_s() + 2)
+        await trio.sleep(2.1)
+        assert inbox.take() == [facts.Tick()]
+        auditor.set_deadline(math.inf)
+        await trio.sleep(1000)
+        assert inbox.take() == []
+        nursery.cancel_scope.cancel()
