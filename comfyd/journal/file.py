@@ -83,19 +83,28 @@ def create(path: Path) -> None:
     except FileExistsError:
         pass
     else:
-        _sync_folder(path.parent.parent)
+        sync_folder(path.parent.parent)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         fd = os.open(path, flags, 0o600)
     except FileExistsError:
         return
     os.close(fd)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in *folder* durable.
+
+    Raises:
+      JournalError: The disk failed: they may be gone after a power loss.
+
+    """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        msg = f"{folder}: cannot be made durable: {error.strerror}"
+        raise JournalError(msg) from error
     finally:
         os.close(fd)

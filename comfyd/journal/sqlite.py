@@ -22,7 +22,7 @@ from comfyd.core.facts import Candidates
 from comfyd.core.model import JobId, Row, State
 from comfyd.errors import DiskFull, JournalError
 from comfyd.journal import schema
-from comfyd.journal.file import connect, create, damaged, translate
+from comfyd.journal.file import connect, create, damaged, sync_folder, translate
 from comfyd.journal.store import (
     FOUND_MAX,
     Alias,
@@ -67,7 +67,7 @@ class SqliteStore:
           SpoolBusy: Another program, e.g. an SQLite shell, has it open.
           DiskFull: There is no space even to open it.
           JournalError: It is damaged, not a journal, or the disk fails.
-          OSError: The folder or the file cannot be created.
+          OSError: The folder or the file cannot be made or opened.
 
         """
         create(path)
@@ -98,6 +98,8 @@ class SqliteStore:
             self._db.execute(f"PRAGMA user_version={schema.VERSION}")
             self._was_clean = self._closed()
             self._db.execute("UPDATE owner SET closed = 0")
+        # The WAL is there from now on; SQLite syncs its name too, but passes over a failure of it.
+        sync_folder(self._path.parent)
 
     def _look_at(self) -> None:
         [(version,)] = self._fetch("PRAGMA user_version")

@@ -221,4 +221,4 @@ class Conformance(RuleBasedStateMachine):
 
 
 TestConformance = Conformance.TestCase
-TestConformance.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+TestConformance.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)

@@ -1,11 +1,14 @@
-"""A process that commits until it is killed: ``python -m tests.journal.writer JOURNAL``.
+"""Batches to commit, and a process that commits them until it is killed.
 
-Prints, after each commit, the number of the batch that is now promised to be durable.
+``python -m tests.journal.writer JOURNAL`` prints, after each commit, the number of the batch that
+is now promised to be durable.
 """
 
+import random
 import sys
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from comfyd.core.model import JobId, Row, State, prompt_id_of
 from comfyd.journal.sqlite import SqliteStore
@@ -31,6 +34,15 @@ def batch(number: int) -> Batch:
         changes.append(Update(row=submitted, expected=0))
     events = tuple(Event(job=job, at=1.0, kind="submitted") for job in jobs_of(number))
     return Batch(changes=tuple(changes), events=events)
+
+
+def insert(job: str = "fox.01A", seq: int = 1, **fields: Any) -> Batch:
+    return Batch(changes=(Insert(row=Row(job=JobId(job), seq=seq, **fields)),))
+
+
+def big(seq: int) -> Batch:
+    """A batch that needs some pages of its own."""
+    return insert(f"big.{seq}", seq, metadata={"pad": random.Random(seq).randbytes(6000).hex()})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,180 @@
+"""What the file is when it is not simply ours: newer, foreign, damaged, in use, only read."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from comfyd.core.model import JobId, Row, State
+from comfyd.errors import JournalError, JournalTooNew, SpoolBusy
+from comfyd.journal.sqlite import SqliteStore, open_readonly
+from comfyd.journal.store import Batch, Event, Update
+from tests.journal.writer import big, insert
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "state" / "journal.db"
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_a_journal_of_a_newer_version_is_left_as_it_is(path, crashed):
+    SqliteStore.open(path).close()
+    newer = f"""if True:
+        import os, sqlite3
+        db = sqlite3.connect({str(path)!r}, isolation_level=None)
+        db.execute("PRAGMA user_version = 999")
+        db.execute("CREATE TABLE novelty (x)")
+        os._exit(0) if {crashed} else db.close()
+    """
+    subprocess.run([sys.executable, "-c", newer], check=True, timeout=30)
+    wal = path.with_name(path.name + "-wal")
+    assert wal.exists() == crashed
+    kept = [each for each in (path, wal) if each.exists()]
+    before = [each.read_bytes() for each in kept]
+    for open_it in (SqliteStore.open, open_readonly):
+        with pytest.raises(JournalTooNew, match="999"):
+            open_it(path)
+    assert [each.read_bytes() for each in kept] == before
+
+
+def test_a_database_of_someone_else_is_left_as_it_is(path):
+    path.parent.mkdir()
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE theirs (x)")
+    db.close()
+    before = path.read_bytes()
+    for open_it in (SqliteStore.open, open_readonly):
+        with pytest.raises(JournalError, match="not a journal of comfyd"):
+            open_it(path)
+    assert path.read_bytes() == before
+
+
+def filled(path):
+    store = SqliteStore.open(path)
+    for seq in range(1, 30):
+        store.commit(big(seq))
+    store.close()
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize("damage", ["text", "header", "schema page", "a tree", "cut short"])
+def test_damage_is_refused_with_a_sentence_that_says_what_to_do(path, damage):
+    content = filled(path)
+    match damage:
+        case "text":
+            content = bytearray(b"not a database at all\n" * 1000)
+        case "header":
+            content[:16] = bytes(16)
+        case "schema page":
+            content[100:400] = b"\xff" * 300
+        case "a tree":
+            content[4096:8192] = b"\xff" * 4096
+        case "cut short":
+            del content[len(content) // 2 :]
+        case _:
+            raise NotImplementedError(damage)
+    path.write_bytes(content)
+    with pytest.raises(JournalError, match="aside") as refused:
+        SqliteStore.open(path)
+    assert not isinstance(refused.value, JournalTooNew)
+    assert path.read_bytes() == content  # kept for whoever wants to look into it
+
+
+def test_a_row_that_cannot_be_read_is_damage(path):
+    store = SqliteStore.open(path)
+    store.commit(insert())
+    store.close()
+    db = sqlite3.connect(path)
+    with db:
+        db.execute("UPDATE jobs SET data = ?", (b'{"job": 1}',))
+    db.close()
+    store = SqliteStore.open(path)
+    with pytest.raises(JournalError, match="damaged"):
+        store.get(JobId("fox.01A"))
+    with pytest.raises(JournalError, match="damaged"):
+        store.commit(insert("wolf.01B", 2))
+    store.close()
+
+
+def test_a_row_written_before_a_field_existed_reads_with_its_default(path):
+    store = SqliteStore.open(path)
+    store.commit(insert(max_attempts=7))
+    store.close()
+    db = sqlite3.connect(path)
+    with db:
+        old = b'{"job": "fox.01A", "seq": 1, "given_up_since": [1]}'
+        db.execute("UPDATE jobs SET data = ?", (old,))
+    db.close()
+    store = SqliteStore.open(path)
+    assert store.get(JobId("fox.01A")) == Row(job=JobId("fox.01A"), seq=1)
+    store.close()
+
+
+def test_nobody_else_gets_in_while_it_is_open_and_everybody_afterwards(path):
+    store = SqliteStore.open(path)
+    store.commit(insert())
+    code = (
+        f"import sqlite3; print(*sqlite3.connect({str(path)!r}, 0).execute('SELECT job FROM jobs'))"
+    )
+    shell = [sys.executable, "-c", code]
+    refused = subprocess.run(shell, capture_output=True, text=True, timeout=30)
+    assert "database is locked" in refused.stderr
+    for open_it in (SqliteStore.open, open_readonly):
+        with pytest.raises(SpoolBusy):
+            open_it(path)
+    store.close()
+    served = subprocess.run(shell, capture_output=True, text=True, timeout=30)
+    assert served.stdout == "('fox.01A',)\n"
+
+
+def test_the_files_are_for_their_owner_alone_and_no_index_is_mapped(path):
+    previous = os.umask(0)
+    try:
+        store = SqliteStore.open(path)
+        store.commit(insert())
+    finally:
+        os.umask(previous)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    modes = {each.name: each.stat().st_mode & 0o777 for each in path.parent.iterdir()}
+    assert modes == {"journal.db": 0o600, "journal.db-wal": 0o600}
+    store.close()
+
+
+def test_reading_alone_changes_nothing_and_needs_a_journal(path):
+    with pytest.raises(JournalError, match="unable to open"):
+        open_readonly(path)
+    assert not path.exists()
+    path.parent.mkdir()
+    path.touch()  # a daemon was killed before it could write anything
+    with pytest.raises(JournalError, match="start the daemon once"):
+        open_readonly(path)
+    store = SqliteStore.open(path)
+    store.commit(
+        Batch(changes=insert().changes, events=(Event(job=JobId("fox.01A"), at=1.0, kind="x"),))
+    )
+    store.close()
+    before = path.read_bytes()
+    reader = open_readonly(path)
+    assert [row.job for row in reader.rows(limit=5)] == ["fox.01A"]
+    reader.close()
+    assert path.read_bytes() == before
+
+
+def test_a_change_that_cannot_be_stored_leaves_no_trace(path):
+    store = SqliteStore.open(path)
+    store.commit(insert())
+    half = Batch(changes=(*insert("wolf.01B", 2).changes, *insert("\ud800", 3).changes))
+    with pytest.raises(UnicodeEncodeError):
+        store.commit(half)
+    assert store.last_seq() == 1
+    assert store.counts()[State.QUEUED] == 1
+    assert store.commit(insert("wolf.01B", 2)) == (True,)
+    store.close()
+
+
+def test_an_update_must_follow_the_version_it_replaces():
+    with pytest.raises(ValueError, match="does not follow"):
+        Update(row=Row(job=JobId("fox.01A"), seq=1, version=3), expected=3)
