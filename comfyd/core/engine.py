@@ -384,10 +384,10 @@ class Engine:
                     server.name, server.origin, server.client_id if server.hearing else None
                 )
                 self._step(self.jobs[entry[2]], assigned, now_s, u)
-        more = self._more or now_s >= self._next_delayed_s
-        if more and self._queued < LOOK_AHEAD // 2 and not self._refilling:
+        if now_s >= self._next_delayed_s:
+            self._more, self._next_delayed_s = True, math.inf
+        if self._more and self._queued < LOOK_AHEAD // 2 and not self._refilling:
             self._refilling = True
-            self._next_delayed_s = math.inf
             self._pending.orders.append(Refill(count=LOOK_AHEAD))
 
     def _free_server(self, now_s: float) -> Server | None:

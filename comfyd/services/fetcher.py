@@ -124,7 +124,7 @@ async def collect(
     row = order.row
     assert row.outcome is not None
     try:
-        stage = await trio.to_thread.run_sync(Stage.begin, spool, row.job)
+        stage, room_bytes = await trio.to_thread.run_sync(_begin, spool, row, limits)
         warnings: list[str] = []
         outputs: list[Output] = []
         counted: Counter[str] = Counter()
@@ -136,7 +136,10 @@ async def collect(
                     raise _Unobtainable(
                         Uncollected.SERVER, f"server {row.server} is not configured"
                     )
-                outputs.append(await _obtain(ref, index, stage, client, limits, on_retry))
+                max_bytes = min(limits.max_bytes, room_bytes)
+                output = await _obtain(ref, index, stage, client, max_bytes, on_retry)
+                room_bytes -= output.bytes
+                outputs.append(output)
             except _Unobtainable as error:
                 if row.outcome.state is State.DONE or error.cause is Uncollected.SERVER:
                     return CollectFailed(
@@ -162,15 +165,15 @@ async def _obtain(
     index: int,
     stage: Stage,
     client: Client,
-    limits: Limits,
+    max_bytes: int,
     on_retry: Callable[[ServerError], None],
 ) -> Output:
-    """One file, downloaded, checked and sealed in the stage."""
+    """One file, downloaded and checked; its part lies in the stage."""
     tries = 0
     while True:
         tries += 1
         try:
-            return await _download(ref, index, stage, client, limits)
+            return await _download(ref, index, stage, client, max_bytes)
         except ServerError as error:
             problem = _judged(ref, error)
             if tries >= _TRIES or problem.cause is Uncollected.SERVER:
@@ -197,13 +200,9 @@ def _judged(ref: FileRef, error: ServerError) -> _Unobtainable:
 
 
 async def _download(
-    ref: FileRef, index: int, stage: Stage, client: Client, limits: Limits
+    ref: FileRef, index: int, stage: Stage, client: Client, max_bytes: int
 ) -> Output:
-    part = stage.part_path(f"download-{index}")
-    free_bytes = await trio.to_thread.run_sync(_free_bytes, part.parent)
-    if free_bytes < limits.min_free_bytes:
-        raise DiskFull(f"only {free_bytes} bytes are free for results")
-    max_bytes = min(limits.max_bytes, free_bytes - limits.min_free_bytes)
+    part = stage.part_path("download")
     with _opened(part) as file:
         got = await client.view(ref, file.write, max_bytes=max_bytes)
     wrong = looks_wrong(ref.filename, got.head)
@@ -212,7 +211,7 @@ async def _download(
             Uncollected.INVALID, f"Output {ref.filename!r} of node {ref.node} is wrong: {wrong}."
         )
     name = local_name(ref.node, index, ref.filename, got.head)
-    await trio.to_thread.run_sync(_seal, stage, part, name)
+    part.rename(stage.part_path(name))
     return Output(ref=ref, file=name, bytes=got.size_bytes, sha256=got.sha256)
 
 
@@ -240,19 +239,21 @@ def _opened(part: Path) -> _File:
     return _File(os.open(part, flags, 0o600))
 
 
-def _free_bytes(path: Path) -> int:
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize
-
-
-def _seal(stage: Stage, part: Path, name: str) -> None:
-    part.rename(stage.part_path(name))
-    stage.seal(name)
+def _begin(spool: Spool, row: Row, limits: Limits) -> tuple[Stage, int]:
+    """An empty stage, and how many bytes of outputs may go into it."""
+    stage = Stage.begin(spool, row.job)
+    found = os.statvfs(stage.path)
+    room_bytes = found.f_bavail * found.f_frsize - limits.min_free_bytes
+    if room_bytes <= 0 and _wanted(row, include_temp=limits.include_temp):
+        raise DiskFull("less space is free than outputs.min_free_bytes keeps")
+    return stage, room_bytes
 
 
 def _finish(
     stage: Stage, row: Row, outputs: list[Output], warnings: list[str], now_s: float
 ) -> Staged:
+    for output in outputs:
+        stage.seal(output.file)
     missing = stage.add_payload(row)
     if missing:
         warnings.append(missing)

@@ -130,7 +130,8 @@ class Stage:
         with open(fd, "rb") as file:
             data = file.read()
         name = f"job{extension_of(row.payload)}"
-        write_durably(self.path / name, data, aside=self.path / f"{name}.part", mode=FILE_MODE)
+        aside = self.path / f"{name}.part"
+        write_durably(self.path / name, data, aside=aside, mode=FILE_MODE, sync_dir=False)
         if hashlib.sha256(data).hexdigest() != row.sha256:
             return "what was submitted was changed in claimed/ by someone else"
         return ""
@@ -169,7 +170,8 @@ class Stage:
             "utf-8", "backslashreplace"
         )
         manifest = self.path / manifest_name
-        write_durably(manifest, data, aside=self.part_path(manifest_name), mode=FILE_MODE)
+        aside = self.part_path(manifest_name)
+        write_durably(manifest, data, aside=aside, mode=FILE_MODE, sync_dir=False)
         with full_disk_told():
             self.path.chmod(FOLDER_MODE)
             fsync_dir(self.path)

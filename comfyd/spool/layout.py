@@ -242,11 +242,14 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def write_durably(target: Path, data: bytes, *, aside: Path, mode: int = 0o640) -> None:
+def write_durably(
+    target: Path, data: bytes, *, aside: Path, mode: int = 0o640, sync_dir: bool = True
+) -> None:
     """Make *target* hold *data*: whole or not at all, also after a power cut.
 
     Args:
       aside: Where it is written first; same file system, not there yet.
+      sync_dir: False if the caller syncs the folder later, for all its files at once.
 
     Raises:
       DiskFull: Nothing is left behind.
@@ -266,7 +269,8 @@ def write_durably(target: Path, data: bytes, *, aside: Path, mode: int = 0o640) 
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        fsync_dir(target.parent)
+        if sync_dir:
+            fsync_dir(target.parent)
 
 
 def drop(spool: Spool, name: str, data: bytes, *, ulid: str | None = None) -> JobId:

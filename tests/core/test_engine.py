@@ -279,6 +279,20 @@ def test_a_delayed_row_comes_back_when_it_is_due():
     assert names(rig.tell(facts.Tick(), after_s=row.not_before - rig.now_s)) == ["x"]
 
 
+def test_a_delayed_row_that_is_due_waits_quietly_behind_a_full_look_ahead():
+    rig = Rig(1)
+    rig.drop("x", *(f"j{i:03}" for i in range(LOOK_AHEAD)))
+    rig.accept("x")
+    rig.hint("x", Sign.ALIVE)
+    rig.tell(facts.Disconnected(server=A, cause="closed"))
+    rig.tell(facts.Probed(token=rig.token("x"), presence=Presence.REFUSED))
+    rig.tell(facts.Tick(), after_s=POLICY.lost_grace_s)
+    rig.tell(facts.Probed(token=rig.token("x"), presence=Presence.REFUSED))
+    due_s = rig.store[JobId("x")].not_before
+    rig.tell(facts.Tick(), after_s=due_s + 1 - rig.now_s)
+    assert rig.engine.next_deadline_s() > rig.now_s  # or the auditor would never sleep
+
+
 def test_what_is_retired_is_forgotten():
     rig = Rig(1)
     rig.drop("x")

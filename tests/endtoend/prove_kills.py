@@ -1,0 +1,135 @@
+"""Proof: whatever is killed, at any moment, no job is lost and none delivered twice.
+
+Run by ``make prove``. Each run draws a seed and prints it; PROVE_SEED repeats one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from comfyd.core.model import JobId, State, prompt_id_of
+from comfyd.journal.sqlite import open_readonly
+from comfyd.simulator import Simulator
+from tests.endtoend.daemon import ROOT, Daemon
+from tests.endtoend.graphs import picture
+
+JOBS = 200
+KILLS = 20
+ATTEMPTS_SEEN = 100  # far more than a job can have had
+
+
+def drawn_seed() -> int:
+    seed = int(os.environ.get("PROVE_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"\nseed {seed} (repeat with PROVE_SEED={seed})")
+    return seed
+
+
+@asynccontextmanager
+async def consumer(daemon: Daemon, taken: Path, seed: int) -> AsyncIterator[None]:
+    command = [sys.executable, "-m", "tests.endtoend.consumer", daemon.spool.root, taken, str(seed)]
+    process = await trio.lowlevel.open_process(command, cwd=ROOT)
+    try:
+        yield
+        assert process.poll() is None
+    finally:
+        process.kill()
+
+
+def names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+async def all_taken(daemon: Daemon, taken: Path, count: int, *, within_s: float) -> None:
+    with trio.move_on_after(within_s):
+        while len(names(taken / "done")) + len(names(taken / "failed")) < count:
+            daemon.check_alive()
+            await trio.sleep(0.1)
+        return
+    raise AssertionError(
+        f"{len(names(taken / 'done'))} of {count} came in {within_s} s:\n{daemon.log()[-8000:]}"
+    )
+
+
+def submitting(daemon: Daemon) -> set[str]:
+    """The jobs whose POST may have been on its way when the daemon was killed."""
+    path = daemon.state / "comfyd.db"
+    if not path.exists():
+        return set()
+    journal = open_readonly(path)
+    try:
+        return {row.job for row in journal.active() if row.state is State.SUBMITTING}
+    finally:
+        journal.close()
+
+
+async def test_the_daemon_killed_at_20_moments_of_200_jobs(tmp_path):
+    seed = drawn_seed()
+    chance = random.Random(seed)
+    simulator = Simulator(run_s=0.02)
+    taken = tmp_path / "taken"
+    doubtful: set[str] = set()
+    undropped = list(range(JOBS))
+    began_s = trio.current_time()
+    with trio.fail_after(240):
+        async with trio.open_nursery() as nursery:
+            url = await nursery.start(simulator.serve)
+            daemon = Daemon(tmp_path, url)
+            try:
+                async with consumer(daemon, taken, seed):
+                    for _ in range(KILLS):
+                        await daemon.start()
+                        until_s = trio.current_time() + chance.uniform(0.3, 2.5)
+                        while trio.current_time() < until_s:
+                            if undropped and chance.random() < 0.5:
+                                number = undropped.pop()
+                                daemon.drop(f"job-{number}.json", picture(number))
+                            await trio.sleep(chance.uniform(0, 0.1))
+                        await daemon.kill()
+                        doubtful |= await trio.to_thread.run_sync(submitting, daemon)
+                    at_last_kill = len(names(taken / "done"))
+                    for number in undropped:
+                        daemon.drop(f"job-{number}.json", picture(number))
+                    await daemon.start()
+                    await all_taken(daemon, taken, JOBS, within_s=120)
+                    await trio.sleep(2)  # for one too many
+                    assert await daemon.stop() == 0
+            finally:
+                daemon.bury()
+            nursery.cancel_scope.cancel()
+
+    jobs = names(taken / "done")
+    assert names(taken / "failed") == []
+    assert names(taken / "twice") == []
+    assert sorted(job.split(".")[0] for job in jobs) == sorted(f"job-{n}" for n in range(JOBS))
+    assert names(daemon.spool.claimed) == names(daemon.spool.new) == names(daemon.spool.stage) == []
+
+    assert set(simulator.executions.values()) == {1}, "a prompt was executed twice"
+    runs = runs_by_job(simulator, jobs)
+    assert sum(runs.values()) == simulator.executions.total(), "somebody else's prompt was executed"
+    again = {job for job, count in runs.items() if count != 1}
+    print(
+        f"{KILLS} kills, {at_last_kill} results by the last one, {len(doubtful)} POSTs in flight"
+        f" at a kill, {len(again)} jobs executed twice, {trio.current_time() - began_s:.0f} s"
+    )
+    assert again <= doubtful, "executed again without a POST in doubt"
+
+
+def runs_by_job(simulator: Simulator, jobs: list[str]) -> Counter[str]:
+    """How often each job was executed, over all of its attempts."""
+    return Counter(
+        {
+            job: sum(
+                simulator.executions[prompt_id_of(JobId(job), attempt)]
+                for attempt in range(1, ATTEMPTS_SEEN)
+            )
+            for job in jobs
+        }
+    )
