@@ -283,7 +283,9 @@ def doubted(job: Job, fact: Doubted, ctx: Context) -> Step:
 
 def look(job: Job, fact: Due | CheckAsked, ctx: Context) -> Step:
     """A deadline, or a person, says look: give the planned order."""
-    ask = job.live.look if isinstance(fact, Due) or job.live.look_s < math.inf else Ask.PROBE
+    if isinstance(fact, Due) and ctx.now_s < job.live.look_s:
+        return Step(job, urgent=False)  # the plan has changed since
+    ask = job.live.look if job.live.look_s < math.inf else Ask.PROBE
     if job.row.state is State.STOPPING:
         ask = Ask.STOP
     return replace(issue(job, ask), urgent=False)
