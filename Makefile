@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 COMFYUI_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check contract
+.PHONY: help demo test check contract explore
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ check: $(STAMP)  ## Format, lint, types and import directions
 
 contract: $(STAMP)  ## Compare the simulator, or a real server (COMFYUI_URL=...), with what ComfyUI was recorded to say
 	COMFYUI_URL="$(COMFYUI_URL)" $(BIN)/python -m pytest tests/contract
+
+explore: $(STAMP)  ## Explore orders of events for longer than the tests do (about 25 minutes)
+	$(BIN)/python -m tests.core.explore
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "comfyd needs Python 3.11 or newer; set PYTHON=...")'
