@@ -23,9 +23,9 @@ from prometheus_client import CollectorRegistry
 from comfyd import __version__, sdnotify
 from comfyd.config import Config
 from comfyd.core.engine import Engine
-from comfyd.core.engine import Server as EngineServer
 from comfyd.core.model import JobId, ServerName, State
 from comfyd.core.policy import Policy
+from comfyd.core.server import Server as EngineServer
 from comfyd.core.snapshot import Snapshot
 from comfyd.errors import SpoolBusy
 from comfyd.journal.lock import StateLock

@@ -12,11 +12,11 @@ from typing import Final
 import trio
 
 from comfyd.core.engine import Engine
-from comfyd.core.engine import Server as EngineServer
 from comfyd.core.job import Job, is_stale
 from comfyd.core.model import ServerName, State
 from comfyd.core.policy import window
 from comfyd.core.present import shown_counts, shown_state
+from comfyd.core.server import Server as EngineServer
 from comfyd.core.snapshot import JOBS_MAX, JobView, ServerState, ServerView, Snapshot
 from comfyd.core.wire.stats import SystemStats
 from comfyd.journal.thread import Journal

@@ -22,6 +22,7 @@ from comfyd.core import facts, orders
 from comfyd.core.facts import FetchResult, Presence, Sign
 from comfyd.core.model import End, JobId, Record, Row, ServerName, Staged, State, prompt_id_of
 from comfyd.core.policy import Policy
+from comfyd.core.server import Server
 
 POLICY = Policy(
     completion_attempts=2, completion_backoff_s=1, audit_interval_s=3, stale_after_s=3,
@@ -75,7 +76,7 @@ class World:
     # --- the daemon ------------------------------------------------------------------------------
 
     def start(self) -> None:
-        servers = [engines.Server(name=ServerName(n), origin=n, window=1) for n in self.sims]
+        servers = [Server(name=ServerName(n), origin=n, window=1) for n in self.sims]
         self.engine = engines.Engine(servers, POLICY, Counter(r.state for r in self.store.values()))
         idle = {State.QUEUED, State.HELD}
         rows = [r for r in self.store.values() if r.state not in idle and not r.retired]

@@ -9,10 +9,11 @@ import msgspec
 import pytest
 
 from comfyd.core import facts, orders
-from comfyd.core.engine import LOOK_AHEAD, Batch, Engine, Server
+from comfyd.core.engine import LOOK_AHEAD, Batch, Engine
 from comfyd.core.facts import Hint, Presence, Sign, Token
 from comfyd.core.model import JobId, PromptId, Record, Row, ServerName, Staged, State, prompt_id_of
 from comfyd.core.policy import Policy
+from comfyd.core.server import Server
 
 POLICY = Policy()
 A, B = ServerName("a"), ServerName("b")

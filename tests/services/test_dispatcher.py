@@ -12,11 +12,12 @@ import trio
 from trio.testing import MockClock
 
 from comfyd.core import facts, orders
-from comfyd.core.engine import Engine, Server
+from comfyd.core.engine import Engine
 from comfyd.core.facts import Claimed, Hint, QueueSeen, Sign, Token
 from comfyd.core.model import JobId, PromptId, Row, ServerName, State
 from comfyd.core.notes import Note
 from comfyd.core.policy import Policy
+from comfyd.core.server import Server
 from comfyd.errors import DiskFull, JournalError
 from comfyd.journal.memory import MemoryStore
 from comfyd.journal.store import Batch
