@@ -1,16 +1,21 @@
-"""``comfyd demo``: sample jobs through a real daemon, to verified results, in a fresh folder."""
+"""``comfyd demo``: a daemon, a server, sample jobs and a check of everything that comes back."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import http.client
 import json
 import random
+import shutil
+import signal
 import sys
 import tempfile
+import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import trio
 
@@ -18,146 +23,192 @@ from comfyd import app, config, log
 from comfyd.cli.exits import Exit
 from comfyd.cli.follow import Follower
 from comfyd.cli.progress import shown
-from comfyd.cli.samples import TEXT_NODE, Sample, samples
-from comfyd.cli.screen import put_json, say
+from comfyd.cli.samples import Sample, samples
+from comfyd.cli.screen import counted, put, put_json, say
+from comfyd.cli.verify import problems_of
 from comfyd.config import Config
+from comfyd.config.server import is_loopback
+from comfyd.errors import ConfigError, UsageError
 from comfyd.simulator import Simulator
 from comfyd.spool.layout import Spool, drop
 
+NODE_S: Final = 0.12  # slow enough to be seen, and eight jobs still end within seconds
 TICK_S: Final = 0.1
-PATIENCE_S: Final = 60.0  # for the first job; each more adds JOB_S
-JOB_S: Final = 10.0
-NODE_S: Final = 0.3  # of the simulated run: slow enough to be seen
-PNG: Final = b"\x89PNG\r\n\x1a\n"
+SERVER_S: Final = 20.0  # for a server to be found up
+JOB_S: Final = 60.0  # for each job, on the slowest machine
+METRICS_S: Final = 10.0
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run it; OK only if every result was verified."""
+    """OK only if every result was verified."""
     folder = Path(tempfile.mkdtemp(prefix="comfyd-demo-"))
-    return int(trio.run(partial(_demo, args, folder)))
+    try:
+        if args.server is not None:  # before anything starts
+            _configure(folder, args.server)
+        return trio.run(_demo, args, folder)
+    except BaseException:
+        if (folder / "spool").exists():
+            say(f"comfyd: what there is of the demo lies in {folder}")
+        else:
+            shutil.rmtree(folder)
+        raise
 
 
-async def _demo(args: argparse.Namespace, folder: Path) -> Exit:
-    async with trio.open_nursery() as nursery:
-        url = args.server
-        if url is None:
-            simulator = Simulator(run_s=NODE_S, directory=folder / "comfyui")
-            url = await nursery.start(simulator.serve, 0)
-            say(f"A simulated ComfyUI serves at {url}.")
-        settings = _settings(folder, url)
-        log.configure("info", "logfmt", stream=(folder / "comfyd.log").open("w", encoding="utf-8"))
-        # A nursery of its own: the daemon is stopped before the server it talks to.
-        async with trio.open_nursery() as daemons:
-            daemon = await daemons.start(partial(app.run, settings, signals=args.keep))
-            try:
-                code = await _show(args, settings, daemon)
-                if args.keep and code is Exit.OK:
-                    say("The daemon goes on; Ctrl-C ends it.")
-                    await daemon.stopped.wait()
-            finally:
-                daemon.stop()
-        nursery.cancel_scope.cancel()
-    return code
+async def _demo(args: argparse.Namespace, folder: Path) -> int:
+    with (folder / "comfyd.log").open("w", encoding="utf-8") as lines:
+        log.configure("debug", "logfmt", stream=lines)
+        async with trio.open_nursery() as nursery:
+            url = args.server
+            if url is None:
+                url = await nursery.start(Simulator(run_s=NODE_S).serve)
+            settings = _configure(folder, url)
+            daemon: app.Daemon = await nursery.start(partial(app.run, settings))
+            say(
+                f"comfyd: {counted(args.jobs, 'job')}, {url}, folder {folder}, log comfyd.log in it"
+            )
+            began_s = time.monotonic()
+            spool = Spool(settings.spool)
+            made = samples(args.jobs, random.Random())  # colours that no cache has seen
+            submitted = {_submit(spool, sample): sample for sample in made}
+            follower = Follower.of(spool, submitted)
+            stopped = await _follow(follower, daemon, json=args.json)
+            took_s = time.monotonic() - began_s
+            problems = await trio.to_thread.run_sync(_verify, follower, submitted)
+            metrics = folder / "metrics.txt"
+            metrics.write_text(await _metrics_of(daemon.http_url), encoding="utf-8")
+            bad = {job: found for job, found in problems.items() if found}
+            if args.json:
+                put_json(_report(follower, problems, folder, took_s))
+            else:
+                _tell(follower, problems, folder, took_s)
+            if stopped:
+                say(f"comfyd: {stopped}")
+            if args.keep:
+                say(f"comfyd: the daemon goes on at {daemon.http_url}/ until Ctrl-C")
+                await _until_told()
+            daemon.stop()
+            nursery.cancel_scope.cancel()
+    return Exit.FAILED if bad else Exit.OK
 
 
-def _settings(folder: Path, url: str) -> Config:
-    """A configuration of its own, kept beside the results as an example that works."""
+def _configure(folder: Path, url: str) -> Config:
+    """Write the configuration, for people to go on with, and read it.
+
+    Raises:
+      UsageError: *url* is no server's.
+
+    """
+    server: dict[str, Any] = {"name": "demo", "url": url}
+    if url.lower().startswith("http:") and not is_loopback(urlsplit(url).hostname or ""):
+        server |= {"insecure": True}
+    path = folder / "comfyd.yaml"
     lines = [
-        "spool: spool",
-        "state: state",
-        "servers:",
-        "  - name: demo",
-        f"    url: {json.dumps(url)}",
-        "    insecure: true   # asked for on the command line",
-        "metrics: {listen: 127.0.0.1:0}",
+        "# Made by comfyd demo; see: comfyd -c comfyd.yaml status",
+        f"servers: [{json.dumps(server)}]",
+        "metrics: {listen: '127.0.0.1:0'}  # a free port, told in comfyd.log",
         "outputs: {min_free_bytes: 16MiB}",
     ]
-    path = folder / "comfyd.yaml"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return config.load(path)
-
-
-async def _show(args: argparse.Namespace, settings: Config, daemon: app.Daemon) -> Exit:
-    """Submit, follow to the end, verify, and say where everything is."""
-    spool = Spool(settings.spool)
-    wanted: dict[str, Sample] = {}
-    for sample in samples(args.jobs, random.Random()):
-        data = json.dumps(sample.document).encode()
-        job = await trio.to_thread.run_sync(drop, spool, f"{sample.name}.json", data)
-        wanted[job] = sample
-    say(f"{len(wanted)} jobs lie in {spool.new}.")
-    follower = Follower.of(spool, wanted)
-    deadline = trio.current_time() + PATIENCE_S + JOB_S * len(wanted)
-    with shown(sys.stderr, changes=True) as show:
-        while follower.open and trio.current_time() < deadline:
-            await trio.to_thread.run_sync(follower.look)
-            follower.hear((await daemon.snapshot()).to_dict())
-            show.update(follower)
-            await trio.sleep(TICK_S)
-        show.update(follower)
-    problems = {
-        job: problem
-        for job, sample in wanted.items()
-        if (problem := await trio.to_thread.run_sync(_problem, spool.done / job, sample))
-    }
-    _report(args, settings, daemon, wanted, problems)
-    return Exit.FAILED if problems else Exit.OK
-
-
-def _problem(folder: Path, sample: Sample) -> str:
-    """What is wrong with the result in *folder*, or "" if it is all that it should be."""
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
     try:
-        result = json.loads((folder / "result.json").read_bytes())
-    except FileNotFoundError:
-        return "there is no result"
-    if result["state"] != "done":
-        return f"its state is {result['state']}"
-    if len(result["outputs"]) != sample.images:
-        return f"{len(result['outputs'])} files instead of {sample.images}"
-    for output in result["outputs"]:
-        data = (folder / output["file"]).read_bytes()
-        if hashlib.sha256(data).hexdigest() != output["sha256"] or len(data) != output["bytes"]:
-            return f"{output['file']} is not what was downloaded"
-        if not data.startswith(PNG):
-            return f"{output['file']} is no PNG picture"
-    if sample.text and result["ui"].get(TEXT_NODE, {}).get("text") != [sample.text]:
-        return "its text is missing"
-    return ""
+        return config.load(path)
+    except ConfigError as error:
+        raise UsageError(f"--server {url}: {error.problem}") from None
+
+
+def _submit(spool: Spool, sample: Sample) -> str:
+    return drop(spool, f"{sample.name}.json", json.dumps(sample.document).encode())
+
+
+async def _follow(follower: Follower, daemon: app.Daemon, *, json: bool) -> str:
+    """Show the jobs to their end; a sentence if they were not waited for that long."""
+    began_s = trio.current_time()
+    up = False
+    with shown(sys.stderr if json else sys.stdout, changes=True) as show:
+        while True:
+            status = (await daemon.snapshot()).to_dict()
+            await trio.to_thread.run_sync(follower.look)
+            follower.hear(status)
+            show.update(follower)
+            if not follower.open:
+                return ""
+            waited_s = trio.current_time() - began_s
+            server = status["servers"][0]
+            up = up or server["state"] == "up"
+            if not up and waited_s > SERVER_S:
+                return f"{server['url']} is {server['state']}: {server['reason'] or 'no answer'}"
+            if waited_s > JOB_S * len(follower.jobs):
+                return f"gave up after {waited_s:.0f} s; {len(follower.open)} jobs have not ended"
+            await trio.sleep(TICK_S)
+
+
+def _verify(follower: Follower, submitted: Mapping[str, Sample]) -> dict[str, list[str]]:
+    """What is wrong, by job; an empty list for each that is as it should be."""
+    found = {}
+    for job, each in follower.jobs.items():
+        if each.state == "done" and each.folder is not None:
+            found[job] = problems_of(submitted[job], each.folder)
+        else:
+            found[job] = [f"{each.state}: {each.message}" if each.message else each.state]
+    return found
+
+
+async def _metrics_of(url: str) -> str:
+    """The daemon's metrics as they are now."""
+    with trio.fail_after(METRICS_S):
+        return await trio.to_thread.run_sync(_get_metrics, url, abandon_on_cancel=True)
+
+
+def _get_metrics(url: str) -> str:
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=METRICS_S)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
+async def _until_told() -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            return
+
+
+def _tell(
+    follower: Follower, problems: Mapping[str, list[str]], folder: Path, took_s: float
+) -> None:
+    good = sum(not found for found in problems.values())
+    files = sum(each.outputs for each in follower.jobs.values())
+    for job, found in problems.items():
+        for problem in found:
+            put(f"{job}: {problem}")
+    checked = "size, SHA-256 and PNG signature of" if good == len(problems) else "of"
+    put(
+        f"{good} of {len(problems)} results verified in {took_s:.1f} s ({checked} {counted(files, 'file')})",
+        f"results  {folder / 'spool' / 'done'}",
+        f"metrics  {folder / 'metrics.txt'}",
+        f"more     comfyd -c {folder / 'comfyd.yaml'} jobs",
+    )
 
 
 def _report(
-    args: argparse.Namespace,
-    settings: Config,
-    daemon: app.Daemon,
-    wanted: dict[str, Sample],
-    problems: dict[str, str],
-) -> None:
-    folder = settings.spool.parent
-    said: dict[str, Any] = {
-        "jobs": len(wanted),
-        "verified": len(wanted) - len(problems),
-        "problems": problems,
-        "results": str(settings.spool / "done"),
-        "log": str(folder / "comfyd.log"),
+    follower: Follower, problems: Mapping[str, list[str]], folder: Path, took_s: float
+) -> dict[str, Any]:
+    jobs = [
+        {
+            "job": each.job,
+            "state": each.state,
+            "verified": not problems[each.job],
+            "problems": problems[each.job],
+            "folder": None if each.folder is None else str(each.folder),
+        }
+        for each in follower.jobs.values()
+    ]
+    return {
+        "verified": sum(not found for found in problems.values()),
+        "jobs": jobs,
+        "took_s": round(took_s, 3),
+        "results": str(folder / "spool" / "done"),
+        "metrics": str(folder / "metrics.txt"),
         "config": str(folder / "comfyd.yaml"),
     }
-    if args.keep:
-        said["http"] = daemon.http_url
-    if args.json:
-        put_json(said)
-        return
-    for job, problem in problems.items():
-        say(f"comfyd: {job}: {problem}")
-    pictures = sum(sample.images for sample in wanted.values())
-    print(f"{said['verified']} of {len(wanted)} results verified ({pictures} pictures expected).")
-    print(f"Results:  {said['results']}")
-    print(f"Log:      {said['log']}")
-    print(f"Config:   {said['config']}")
-    if args.keep:
-        print(f"Status:   {daemon.http_url}/")
-        print(f"Metrics:  {daemon.http_url}/metrics")
-    else:
-        print(
-            "Metrics:  comfyd demo --keep goes on serving them, and the status page, until Ctrl-C"
-        )
-    sys.stdout.flush()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from comfyd.cli.screen import plain, span
+from comfyd.cli.screen import counted, plain, span
 from comfyd.spool.layout import Spool
 
 MANIFEST_MAX_BYTES: Final = 64 << 20
@@ -48,7 +48,9 @@ class Followed:
         if self.server and not self.ended:
             words.append(f"on {self.server}")
         if self.state == "done":
-            words.append(f"in {span(self.total_s)}, {self.outputs} files" if self.folder else "")
+            words.append(
+                f"in {span(self.total_s)}, {counted(self.outputs, 'file')}" if self.folder else ""
+            )
         return plain(" ".join(filter(None, words)) + (f": {self.message}" if self.message else ""))
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from comfyd.cli.exits import Exit, Unreachable
 from comfyd.cli.place import configured
 from comfyd.cli.reading import CHECK_S, ask_daemon, check_state, newest, opened
-from comfyd.cli.screen import Table, put, put_json, say, size, span
+from comfyd.cli.screen import Table, counted, put, put_json, say, size, span
 from comfyd.web.control_client import DaemonUnreachable
 
 _PUBLISHED: Final = ("done", "failed", "cancelled")
@@ -120,7 +120,7 @@ def told(story: dict[str, Any]) -> list[str | Table]:
     line("took", ", ".join(f"{phase} {span(took_s)}" for phase, took_s in spans if took_s))
     outputs = story["outputs"]
     if outputs:
-        line("outputs", f"{outputs['files']} files, {size(outputs['bytes'])}")
+        line("outputs", f"{counted(outputs['files'], 'file')}, {size(outputs['bytes'])}")
     line("retry of", story["retry_of"])
     line("key", story.get("key"))
     for name in ("drawn", "metadata", "detail"):
@@ -180,7 +180,7 @@ def phrase(kind: str, data: dict[str, Any]) -> str:
                 f"attempt lost{on}: {cause}, {'charged' if data.get('charged') else 'not charged'}"
             )
         case "fetched", {"outputs": count, "bytes": count_bytes}:
-            return f"{count} outputs downloaded and verified, {size(count_bytes)}"
+            return f"{counted(count, 'output')} downloaded and verified, {size(count_bytes)}"
         case "finished", {"outcome": outcome}:
             return f"{outcome}: {data['reason']}" if data.get("reason") else str(outcome)
         case _:

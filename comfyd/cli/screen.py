@@ -68,6 +68,11 @@ def size(count: int | None) -> str:
     return f"{amount:.1f} {unit}"
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 file``, ``3 files``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def tone(word: str) -> str:
     """The colour of a state, "" for none."""
     if word in GOOD:

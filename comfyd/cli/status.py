@@ -11,7 +11,18 @@ from typing import Any, Final
 from comfyd.cli.exits import Exit
 from comfyd.cli.place import configured
 from comfyd.cli.reading import opened
-from comfyd.cli.screen import Table, console, is_terminal, put, put_json, rendered, say, size, span
+from comfyd.cli.screen import (
+    Table,
+    console,
+    counted,
+    is_terminal,
+    put,
+    put_json,
+    rendered,
+    say,
+    size,
+    span,
+)
 from comfyd.config import Config
 
 WATCH_S: Final = 1.0
@@ -86,7 +97,7 @@ def parts(status: dict[str, Any]) -> list[str | Table]:
     ]
     stale = status["stale"]
     if stale:
-        made.append(f"stale: {stale} job{'s' * (stale != 1)} silent for too long")
+        made.append(f"stale: {counted(stale, 'job')} silent for too long")
     if status["paused"]:
         made.append("intake is paused")
     if status["waiting"]:
