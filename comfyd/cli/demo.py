@@ -182,9 +182,9 @@ def _tell(
     for job, found in problems.items():
         for problem in found:
             put(f"{job}: {problem}")
-    checked = "size, SHA-256 and PNG signature of" if good == len(problems) else "of"
+    of_what = f"size, SHA-256 and PNG signature of {counted(files, 'file')}"
     put(
-        f"{good} of {len(problems)} results verified in {took_s:.1f} s ({checked} {counted(files, 'file')})",
+        f"{good} of {len(problems)} results verified in {took_s:.1f} s: {of_what}",
         f"results  {folder / 'spool' / 'done'}",
         f"metrics  {folder / 'metrics.txt'}",
         f"more     comfyd -c {folder / 'comfyd.yaml'} jobs",

@@ -82,7 +82,7 @@ class _Screen:
         words.append(span(time.monotonic() - self._began_s))
         table = _table(_chosen(jobs, max(3, self._live.console.height - _HEIGHT_KEPT)))
         bar = ProgressBar(len(jobs), ended, width=_BAR, finished_style="green")
-        return Group(rendered(table), bar, rendered(", ".join(words)))
+        return Group(rendered(table), bar, rendered(" " + ", ".join(words)))
 
 
 def _chosen(jobs: list[Followed], room: int) -> list[Followed]:
