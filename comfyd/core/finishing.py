@@ -45,11 +45,13 @@ from comfyd.core.policy import exponential_s
 
 
 def collected(job: Job, fact: Collected, ctx: Context) -> Step:
+    """The result is complete in stage/: its manifest's hash is committed before the rename."""
     note = noted(job, "fetched", outputs=fact.staged.outputs, bytes=fact.staged.bytes)
     return move(job, State.PUBLISHING, ctx, note, staged=fact.staged, crashes=0)
 
 
 def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
+    """An output that is gone is made again; a server or a disk is waited for."""
     row, policy = job.row, ctx.policy
     assert row.outcome is not None
     retry = noted(job, "retry", operation="download", reason=fact.cause.value)
@@ -84,6 +86,7 @@ def _bare(row: Row) -> Record | None:
 
 
 def published(job: Job, fact: Published, ctx: Context) -> Step:
+    """It is visible, or was: the end."""
     row = job.row
     assert row.outcome is not None
     outcome = row.outcome
@@ -101,6 +104,7 @@ def published(job: Job, fact: Published, ctx: Context) -> Step:
 
 
 def publish_conflict(job: Job, fact: PublishConflict, ctx: Context) -> Step:
+    """Its place in done/ is taken by something else: it fails, visibly."""
     outcome = job.row.outcome
     assert outcome is not None
     if outcome.state is State.DONE:
@@ -109,6 +113,7 @@ def publish_conflict(job: Job, fact: PublishConflict, ctx: Context) -> Step:
 
 
 def publish_delayed(job: Job, fact: PublishDelayed, ctx: Context) -> Step:
+    """No space for the rename: later."""
     return _publish_again(job, "disk", ctx)
 
 
@@ -122,12 +127,15 @@ def _publish_again(job: Job, reason: str, ctx: Context) -> Step:
 
 
 def retired(job: Job, fact: Retired, ctx: Context) -> Step:
+    """The claimed file is gone."""
     return Step(with_row(job, retired=True), urgent=False)
 
 
 def held(job: Job, fact: HoldAsked, ctx: Context) -> Step:
+    """Out of the queue until a person releases it."""
     return hold_as(job, fact.reason, ctx)
 
 
 def released(job: Job, fact: ReleaseAsked, ctx: Context) -> Step:
+    """Back into the queue."""
     return move(job, State.QUEUED, ctx, held="", crashes=0)

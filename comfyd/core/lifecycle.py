@@ -123,9 +123,7 @@ TABLE: Final[Mapping[tuple[State, type], Rule]] = MappingProxyType(
         (_S.STOPPING, Probed): stopping.stopped,
         (_S.STOPPING, Fetched): stopping.fetched,
         (_S.STOPPING, Hint): stopping.hinted,
-        (_S.STOPPING, Orphaned): lambda job, fact, ctx: Step(
-            with_live(job, orphan=fact.cause), urgent=False
-        ),
+        (_S.STOPPING, Orphaned): stopping.orphaned,
         (_S.STOPPING, CheckAsked): submitted.look,
         (_S.STOPPING, Due): submitted.look,
         (_S.COLLECTING, Collected): finishing.collected,

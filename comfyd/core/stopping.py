@@ -16,6 +16,7 @@ from comfyd.core.job import (
     Ask,
     Context,
     Job,
+    Orphaned,
     Step,
 )
 from comfyd.core.model import (
@@ -47,6 +48,7 @@ from comfyd.core.submitted import (
 
 
 def stop(job: Job, fact: CancelAsked, ctx: Context) -> Step:
+    """A person wants it gone: at once where no prompt is, else by stopping the prompt."""
     why = Outcome(state=State.CANCELLED, reason=Reason.CANCELLED, message="Cancelled.")
     match job.row.state:
         case State.SUBMITTING:  # the POST is out: stop it as soon as its answer is known
@@ -91,13 +93,20 @@ def stopped(job: Job, fact: Probed, ctx: Context) -> Step:
 
 
 def fetched(job: Job, fact: Fetched, ctx: Context) -> Step:
+    """A fetch that was under way when stopping began."""
     if fact.record is not None:
         return recorded(job, fact.record, ctx)
     return Step(job, urgent=False)  # STOP is wanted already; it looks for itself
 
 
 def hinted(job: Job, fact: Hint, ctx: Context) -> Step:
+    """A message about a prompt that is being stopped: look again."""
     job = heard(job, fact, ctx)
     if fact.sign is Sign.ALIVE:
         return Step(job, urgent=False)
     return replace(issue(job, Ask.STOP), urgent=False)
+
+
+def orphaned(job: Job, fact: Orphaned, ctx: Context) -> Step:
+    """Nobody hears it any more; it is being looked at anyway."""
+    return Step(with_live(job, orphan=fact.cause), urgent=False)

@@ -63,6 +63,7 @@ def heard(job: Job, fact: Hint, ctx: Context) -> Job:
 
 
 def hinted(job: Job, fact: Hint, ctx: Context) -> Step:
+    """A message about it: only the end signal makes us fetch at once."""
     again = job.live.ended
     job = heard(job, fact, ctx)
     match fact.sign:
@@ -79,6 +80,7 @@ def hinted(job: Job, fact: Hint, ctx: Context) -> Step:
 
 
 def fetched(job: Job, fact: Fetched, ctx: Context) -> Step:
+    """The history was fetched: the record, or another try, or the auditor's turn."""
     if fact.record is not None:
         return recorded(job, fact.record, ctx)
     if fact.result is FetchResult.UNREADABLE:
@@ -269,6 +271,7 @@ def abandon(job: Job, ctx: Context) -> Step:
 
 
 def orphaned(job: Job, fact: Orphaned, ctx: Context) -> Step:
+    """Nobody hears it any more: look at once, then every orphan_interval."""
     job = with_live(job, orphan=fact.cause)
     if job.row.state is State.SUBMITTING:
         return Step(job, urgent=False)
@@ -276,6 +279,7 @@ def orphaned(job: Job, fact: Orphaned, ctx: Context) -> Step:
 
 
 def doubted(job: Job, fact: Doubted, ctx: Context) -> Step:
+    """Something else suggests that it has ended: look."""
     if fact.within_s > 0:
         return Step(plan(job, Ask.PROBE, ctx.now_s + fact.within_s), urgent=False)
     return replace(issue(job, Ask.PROBE), urgent=False)

@@ -50,6 +50,7 @@ from comfyd.core.submitted import (
 
 
 def assigned(job: Job, fact: Assigned, ctx: Context) -> Step:
+    """A place was found: a new identity, written down before the first byte is sent."""
     attempt = job.row.attempt + 1
     prompt_id: PromptId = prompt_id_of(job.row.job, attempt)
     # With no connection nobody hears this prompt's events; it still needs a client id, or the
@@ -67,6 +68,7 @@ def assigned(job: Job, fact: Assigned, ctx: Context) -> Step:
 
 
 def accepted(job: Job, fact: Accepted, ctx: Context) -> Step:
+    """The server has it; if only in part, the rest is stopped unless the job accepts that."""
     note = noted(job, "accepted", number=fact.number)
     job = with_row(job, number=fact.number)
     if not fact.node_errors:
@@ -95,22 +97,26 @@ def on_server(job: Job, ctx: Context, *notes: Note) -> Step:
 
 
 def rejected(job: Job, fact: Rejected, ctx: Context) -> Step:
+    """The server refused it for good."""
     return collect_as(
         job, job.row.why or failure(Reason.REJECTED, fact.message, **fact.detail), ctx
     )
 
 
 def unsendable(job: Job, fact: Unsendable, ctx: Context) -> Step:
+    """The claimed file no longer gives anything to send."""
     return collect_as(job, job.row.why or failure(Reason.INVALID_JOB, fact.message), ctx)
 
 
 def not_sent(job: Job, fact: NotSent, ctx: Context) -> Step:
+    """Back to the queue: nothing reached the server."""
     # Nothing reached the server, so the identity is unused and may be used again anywhere.
     retry = noted(job, "retry", operation="submit", reason=fact.reason)
     return requeue(job, ctx, retry, attempt=job.row.attempt - 1)
 
 
 def submit_unknown(job: Job, fact: SubmitUnknown, ctx: Context) -> Step:
+    """It may be there, now or later: look after the grace, do not send again."""
     retry = noted(job, "retry", operation="submit", reason=fact.reason)
     grace = Ask.PROBE, ctx.now_s + ctx.policy.lost_grace_s
     return Step(plan(job, *grace), notes=(retry,), urgent=False)
@@ -125,6 +131,7 @@ def hinted(job: Job, fact: Hint, ctx: Context) -> Step:
 
 
 def probed(job: Job, fact: Probed, ctx: Context) -> Step:
+    """A look at a prompt whose POST had no answer."""
     match fact.presence:
         case Presence.PENDING:
             return on_server(job, ctx, audit_note(job, fact))
