@@ -102,24 +102,18 @@ class Daemon:
     async def kill(self) -> None:
         """SIGKILL: nothing in the process can do anything about it."""
         self.check_alive()
-        process, self._process = self._process, None
-        assert process is not None
-        process.kill()
-        await process.wait()
+        await self.bury()
 
     async def stop(self) -> int:
         """SIGTERM; the exit code."""
-        process, self._process = self._process, None
+        process = self._process
         assert process is not None
         process.terminate()
-        with trio.move_on_after(EXIT_S) as scope:
-            await process.wait()
-        if scope.cancelled_caught:
-            process.kill()
-            await process.wait()
-            raise AssertionError(f"it did not end within {EXIT_S} s:\n{self.log()[-6000:]}")
-        assert process.returncode is not None
-        return process.returncode
+        with trio.move_on_after(EXIT_S):
+            code = await process.wait()
+            self._process = None
+            return code
+        raise AssertionError(f"it did not end within {EXIT_S} s:\n{self.log()[-6000:]}")
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -131,13 +125,13 @@ class Daemon:
             if self._process is not None:
                 assert await self.stop() == 0, self.log()[-6000:]
         finally:
-            self.bury()
+            await self.bury()
 
-    def bury(self) -> None:
+    async def bury(self) -> None:
         """Make sure that no process is left."""
-        if self._process is not None:
-            self._process.kill()
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            await end(process)
 
     # --- what it shows ---------------------------------------------------------------------------
 
@@ -193,6 +187,13 @@ class Daemon:
         """The manifest of every finished job, by job id."""
         manifests = [*self.spool.done.glob("*/result.json"), *self.spool.failed.glob("*/error.json")]
         return {path.parent.name: json.loads(path.read_bytes()) for path in manifests}
+
+
+async def end(process: trio.Process) -> None:
+    """Kill *process* and wait until it is gone, whoever is cancelled."""
+    process.kill()
+    with trio.CancelScope(shield=True):
+        await process.wait()
 
 
 def fetch(url: str) -> bytes:

@@ -18,7 +18,7 @@ import trio
 from comfyd.core.model import JobId, State, prompt_id_of
 from comfyd.journal.sqlite import open_readonly
 from comfyd.simulator import Simulator
-from tests.endtoend.daemon import ROOT, Daemon
+from tests.endtoend.daemon import ROOT, Daemon, end
 from tests.endtoend.graphs import picture
 
 JOBS = 200
@@ -40,7 +40,7 @@ async def consumer(daemon: Daemon, taken: Path, seed: int) -> AsyncIterator[None
         yield
         assert process.poll() is None
     finally:
-        process.kill()
+        await end(process)
 
 
 def names(folder: Path) -> list[str]:
@@ -73,7 +73,8 @@ def submitting(daemon: Daemon) -> set[str]:
 async def test_the_daemon_killed_at_20_moments_of_200_jobs(tmp_path):
     seed = drawn_seed()
     chance = random.Random(seed)
-    simulator = Simulator(run_s=0.02)
+    simulator = Simulator(run_s=0.04)  # two nodes a job: the last kill finds work left
+    simulator.faults.post_delay_s = 0.05  # a submission is often on its way
     taken = tmp_path / "taken"
     doubtful: set[str] = set()
     undropped = list(range(JOBS))
@@ -88,7 +89,7 @@ async def test_the_daemon_killed_at_20_moments_of_200_jobs(tmp_path):
                         await daemon.start()
                         until_s = trio.current_time() + chance.uniform(0.3, 2.5)
                         while trio.current_time() < until_s:
-                            if undropped and chance.random() < 0.5:
+                            if undropped and chance.random() < 0.8:
                                 number = undropped.pop()
                                 daemon.drop(f"job-{number}.json", picture(number))
                             await trio.sleep(chance.uniform(0, 0.1))
@@ -102,7 +103,7 @@ async def test_the_daemon_killed_at_20_moments_of_200_jobs(tmp_path):
                     await trio.sleep(2)  # for one too many
                     assert await daemon.stop() == 0
             finally:
-                daemon.bury()
+                await daemon.bury()
             nursery.cancel_scope.cancel()
 
     jobs = names(taken / "done")
