@@ -31,6 +31,7 @@ from comfyd.core.moves import (
     move,
     noted,
     plan,
+    with_live,
     with_row,
 )
 from comfyd.core.submitted import (
