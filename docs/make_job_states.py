@@ -58,7 +58,9 @@ def page() -> str:
         "| state | fact | rule |",
         "|---|---|---|",
     ]
-    for (state, fact), rule in lifecycle.TABLE.items():
+    order = list(State)
+    rows = sorted(lifecycle.TABLE.items(), key=lambda row: order.index(row[0][0]))
+    for (state, fact), rule in rows:
         name = f"{rule.__module__.rpartition('.')[2]}.{rule.__name__}"
         lines.append(f"| {state.value} | {fact.__name__} | `{name}`{_about(rule)} |")
     lines += [
