@@ -140,8 +140,8 @@ def connect_error(where: str, error: BaseException) -> ServerError:
     several, and one that times out proves nothing about the server behind it.
     """
     leaves = list(_leaves(error))
-    codes = {leaf.errno if isinstance(leaf, OSError) else None for leaf in leaves}
-    if codes - _NO_ROUTE_HERE == {errno.ECONNREFUSED}:
+    tried = [leaf for leaf in leaves if getattr(leaf, "errno", None) not in _NO_ROUTE_HERE]
+    if tried and all(isinstance(leaf, ConnectionRefusedError) for leaf in tried):
         return ServerRefused(f"{where} refused the connection")
     reasons = dict.fromkeys(map(_reason, leaves))
     return ServerUnreachable(f"cannot connect to {where}: {'; '.join(reasons)}", sent=False)

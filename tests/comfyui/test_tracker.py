@@ -23,58 +23,11 @@ from comfyd.comfyui import tracker as tracker_module
 from comfyd.comfyui.listener import Timings
 from comfyd.comfyui.tracker import Tracker
 from comfyd.errors import ServerUnreachable
+from tests.comfyui.log import Log
 from tests.comfyui.misbehaving import closed_port
 
 P = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 TIMINGS = Timings()
-Told = tuple[float, str, Any]
-
-
-class Log:
-    """A listener that writes down what it is told, and when."""
-
-    def __init__(self) -> None:
-        self.told: list[Told] = []
-        self._news = trio.Event()
-
-    def _note(self, what: str, value: Any) -> None:
-        self.told.append((round(trio.current_time(), 3), what, value))
-
-    def on_connected(self, client_id: str) -> None:
-        self._note("connected", client_id)
-
-    def on_disconnected(self, cause: str) -> None:
-        self._note("disconnected", cause)
-
-    def on_hint(self, prompt_id: str, sign: Any) -> None:
-        self._note("hint", (prompt_id, sign.value))
-
-    def on_remaining(self, remaining: int) -> None:
-        self._note("remaining", remaining)
-
-    def on_message(self, label: str) -> None:
-        self._note("message", label)
-
-    def on_connect_result(self, result: str) -> None:
-        self._note("result", result)
-        self._news.set()
-        self._news = trio.Event()
-
-    def on_stalled(self, stalled: bool) -> None:
-        self._note("stalled", stalled)
-
-    def on_invalid(self, label: str, problem: str) -> None:
-        self._note("invalid", (label, bool(problem)))
-
-    async def results(self, count: int) -> None:
-        while len(self.values("result")) < count:
-            await self._news.wait()
-
-    def of(self, *whats: str) -> list[Told]:
-        return [told for told in self.told if told[1] in whats]
-
-    def values(self, what: str) -> list[Any]:
-        return [value for _, told, value in self.told if told == what]
 
 
 class Server:
@@ -282,7 +235,7 @@ async def test_invalid_messages_are_counted_all_and_logged_once_a_minute(
 
 async def test_idle_connections_last(rig: Rig, autojump_clock: MockClock) -> None:
     rig.start(greeting(stay))
-    await trio.sleep(80_000)
+    await trio.sleep(10_000)
     assert rig.log.values("disconnected") == []
     assert rig.server.connections == 1
 
