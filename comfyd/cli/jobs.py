@@ -95,7 +95,7 @@ def listed(jobs: list[dict[str, Any]]) -> Table:
         for job in jobs
     ]
     heads = ("JOB", "STATE", "SERVER", "TRIES", "FOUND BY", "TOOK", "CLAIMED (UTC)", "MESSAGE")
-    return Table(heads, rows)
+    return Table(heads, rows, spare=("CLAIMED (UTC)", "FOUND BY", "TRIES", "TOOK", "SERVER"))
 
 
 def told(story: dict[str, Any]) -> list[str | Table]:
@@ -119,7 +119,7 @@ def told(story: dict[str, Any]) -> list[str | Table]:
     spans = story["durations_s"].items()
     line("took", ", ".join(f"{phase} {span(took_s)}" for phase, took_s in spans if took_s))
     outputs = story["outputs"]
-    if outputs:
+    if outputs and outputs["files"]:
         line("outputs", f"{counted(outputs['files'], 'file')}, {size(outputs['bytes'])}")
     line("retry of", story["retry_of"])
     line("key", story.get("key"))
@@ -144,8 +144,9 @@ def _events(events: list[dict[str, Any]]) -> Table:
             phrase(event["kind"], event["data"]),
         )
         for event in events
+        if event["data"].get("state") not in _PUBLISHED  # ``finished`` says it too, and more
     ]
-    return Table(("AT (UTC)", "AFTER", "WHAT"), rows, toned="")
+    return Table(("AT (UTC)", "AFTER", "WHAT"), rows, toned="", spare=("AT (UTC)",))
 
 
 def _clock(at: str, *, milliseconds: bool = False) -> str:
@@ -179,6 +180,8 @@ def phrase(kind: str, data: dict[str, Any]) -> str:
             return (
                 f"attempt lost{on}: {cause}, {'charged' if data.get('charged') else 'not charged'}"
             )
+        case "fetched", {"outputs": 0}:
+            return "put together, nothing to download"
         case "fetched", {"outputs": count, "bytes": count_bytes}:
             return f"{counted(count, 'output')} downloaded and verified, {size(count_bytes)}"
         case "finished", {"outcome": outcome}:

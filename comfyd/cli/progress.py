@@ -80,9 +80,11 @@ class _Screen:
         if bad:
             words.append(f"{bad} failed")
         words.append(span(time.monotonic() - self._began_s))
-        table = _table(_chosen(jobs, max(3, self._live.console.height - _HEIGHT_KEPT)))
+        console = self._live.console
+        table = _table(_chosen(jobs, max(3, console.height - _HEIGHT_KEPT)))
         bar = ProgressBar(len(jobs), ended, width=_BAR, finished_style="green")
-        return Group(rendered(table), bar, rendered(" " + ", ".join(words)))
+        width = console.width
+        return Group(rendered(table, width), bar, rendered(" " + ", ".join(words), width))
 
 
 def _chosen(jobs: list[Followed], room: int) -> list[Followed]:
@@ -111,4 +113,4 @@ def _table(jobs: list[Followed]) -> Table:
         )
         for each in jobs
     ]
-    return Table(("JOB", "STATE", "SERVER", "TOOK", "FILES", ""), rows)
+    return Table(("JOB", "STATE", "SERVER", "TOOK", "FILES", ""), rows, spare=("SERVER", "FILES"))

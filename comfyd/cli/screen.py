@@ -10,7 +10,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 if TYPE_CHECKING:
@@ -20,14 +20,40 @@ GOOD: Final = frozenset({"up", "done", "running", "connected", "verified"})
 BAD: Final = frozenset({"down", "wedged", "failed", "cancelled"})
 DOUBTFUL: Final = frozenset({"deaf", "draining", "held", "stale"})
 
+GAP: Final = 2  # between columns
+FOLDED: Final = 28  # a sentence can still be read in a column of this width
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of cells under heads; the cells of the column *toned* are words that have a colour."""
+    """Rows of cells under heads.
+
+    Attributes:
+      toned: The column whose cells are words that have a colour.
+      spare: Columns that a narrow terminal can do without, the first one first.
+
+    """
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     toned: str = "STATE"
+    spare: Sequence[str] = ()
+
+    def widths(self) -> list[int]:
+        """Of each column, in characters."""
+        return [max(map(len, column)) for column in zip(self.heads, *self.rows, strict=True)]
+
+    def fitted(self, width: int) -> Table:
+        """Without as many spare columns as do not fit in *width*; the last column can be folded."""
+        table = self
+        for head in self.spare:
+            *fixed, last = table.widths()
+            if sum(fixed) + GAP * len(fixed) + min(last, FOLDED) <= width:
+                break
+            at = table.heads.index(head)
+            heads, *rows = ([*row[:at], *row[at + 1 :]] for row in (table.heads, *table.rows))
+            table = replace(table, heads=heads, rows=rows)
+        return table
 
 
 def plain(value: object) -> str:
@@ -98,7 +124,7 @@ def put(*parts: str | Table) -> None:
     if is_terminal(sys.stdout):
         made = console(sys.stdout)
         for part in parts:
-            made.print(rendered(part))
+            made.print(rendered(part, made.width))
     else:
         for part in parts:
             for line in lines_of(part):
@@ -110,12 +136,15 @@ def lines_of(part: str | Table) -> Iterable[str]:
     """*part* as plain text; the columns of a table are aligned."""
     if isinstance(part, str):
         return [plain(part)]
-    rows = [[plain(cell) for cell in row] for row in (part.heads, *part.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = _inert(part)
+    widths = table.widths()
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        (" " * GAP).join(map(str.ljust, row, widths)).rstrip() for row in (table.heads, *table.rows)
     ]
+
+
+def _inert(table: Table) -> Table:
+    return replace(table, rows=[[plain(cell) for cell in row] for row in table.rows])
 
 
 # --- terminals -----------------------------------------------------------------------------------
@@ -133,8 +162,8 @@ def console(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, no_color=bool(os.environ.get("NO_COLOR")))
 
 
-def rendered(part: str | Table) -> RenderableType:
-    """*part* for a rich console. Nothing in it is markup."""
+def rendered(part: str | Table, width: int) -> RenderableType:
+    """*part* for a rich console of that *width*. Nothing in it is markup."""
     from rich.text import Text
 
     if isinstance(part, str):
@@ -142,14 +171,17 @@ def rendered(part: str | Table) -> RenderableType:
     from rich import box
     from rich.table import Table as RichTable
 
-    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    last = len(part.heads) - 1
-    for index, head in enumerate(part.heads):
-        table.add_column(head, no_wrap=index < last, overflow="fold" if index == last else "crop")
-    for row in part.rows:
+    table = _inert(part).fitted(width)
+    made = RichTable(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, GAP - 1, 0, 0)
+    )
+    last = len(table.heads) - 1
+    for index, head in enumerate(table.heads):
+        made.add_column(Text(head, "bold"), no_wrap=index < last, overflow="fold")
+    for row in table.rows:
         cells = [
-            Text(plain(cell), tone(cell.partition(" ")[0]) if head == part.toned else "")
-            for head, cell in zip(part.heads, row, strict=True)
+            Text(cell, tone(cell.partition(" ")[0]) if head == table.toned else "")
+            for head, cell in zip(table.heads, row, strict=True)
         ]
-        table.add_row(*cells)
-    return table
+        made.add_row(*cells)
+    return made

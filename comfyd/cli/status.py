@@ -74,11 +74,13 @@ def _watch_screen(config: Config) -> None:
     from rich.console import Group
     from rich.live import Live
 
-    with Live(console=console(sys.stdout), auto_refresh=False, screen=True) as live:
+    made = console(sys.stdout)
+    with Live(console=made, auto_refresh=False, screen=True) as live:
         while True:
             status, notice = _read(config)
             shown = [notice] if notice else []
-            live.update(Group(*map(rendered, [*shown, *parts(status)])), refresh=True)
+            drawn = [rendered(part, made.width) for part in [*shown, *parts(status)]]
+            live.update(Group(*drawn), refresh=True)
             time.sleep(WATCH_S)
 
 
@@ -136,7 +138,7 @@ def _servers(servers: list[dict[str, Any]]) -> Table:
         for server in servers
     ]
     heads = ("SERVER", "STATE", "TRACKER", "OURS", "QUEUE", "STALE", "COMFYUI", "URL", "")
-    return Table(heads, rows)
+    return Table(heads, rows, spare=("URL", "COMFYUI", "STALE"))
 
 
 def _at_hand(jobs: list[dict[str, Any]]) -> Table:
@@ -151,4 +153,6 @@ def _at_hand(jobs: list[dict[str, Any]]) -> Table:
         )
         for job in jobs
     ]
-    return Table(("JOB", "STATE", "SERVER", "ATTEMPT", "FOR", "SILENT"), rows)
+    return Table(
+        ("JOB", "STATE", "SERVER", "ATTEMPT", "FOR", "SILENT"), rows, spare=("ATTEMPT", "SERVER")
+    )
