@@ -9,7 +9,7 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -170,7 +170,7 @@ async def _run(
     engine.load(active, crashed=crashed, now_s=clock.now_s(), u=random.random())
 
     stopped = trio.Event()
-    async with trio.open_nursery() as nursery:
+    async with _closing(links.values()), trio.open_nursery() as nursery:
         if signals:
             await nursery.start(_stop_on_signal, nursery.cancel_scope)
         workshop = Workshop(nursery, links, spool, config, inbox, metrics, clock)
@@ -246,9 +246,18 @@ async def _run(
     sdnotify.notify(STOPPING="1")
     with trio.move_on_after(FAREWELL_S, shield=True):
         await dispatcher.flush()
-        for link in links.values():
-            await link.client.aclose()
     _log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def _closing(links: Iterable[Link]) -> AsyncIterator[None]:
+    """However it ends, leave no connection open."""
+    try:
+        yield
+    finally:
+        with trio.move_on_after(FAREWELL_S, shield=True):
+            for link in links:
+                await link.client.aclose()
 
 
 async def _stop_on_signal(

@@ -1,0 +1,138 @@
+"""The composed daemon, in process: start, stop, crash and come back."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from comfyd import app, config
+from comfyd.config import Config
+from comfyd.core.model import JobId, Row, State, prompt_id_of
+from comfyd.errors import ConfigError, SpoolBusy
+from comfyd.journal.sqlite import open_readonly
+from comfyd.services import submitter
+from comfyd.services.workshop import OrderFailed
+from comfyd.simulator import Simulator
+from comfyd.spool.layout import Spool, drop
+
+GRAPH = {
+    "1": {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 1},
+    },
+    "9": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x"}},
+}
+
+
+def settings(tmp_path: Path, url: str, **more: str) -> Config:
+    lines = [
+        f"servers: [{{name: s, url: '{url}'}}]",
+        "metrics: {listen: 127.0.0.1:0}",
+        "outputs: {min_free_bytes: 1MiB}",
+        "audit: {lost_grace: 100ms, orphan_interval: 50ms}",
+        *(f"{key}: {value}" for key, value in more.items()),
+    ]
+    path = tmp_path / "comfyd.yaml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return config.load(path)
+
+
+def stored(configured: Config, job: JobId) -> Row:
+    journal = open_readonly(configured.state / "comfyd.db")
+    try:
+        row = journal.get(job)
+    finally:
+        journal.close()
+    assert row is not None
+    return row
+
+
+async def until(condition, within_s: float = 15.0) -> None:
+    with trio.fail_after(within_s):
+        while not await trio.to_thread.run_sync(condition):  # noqa: ASYNC110 - folders tell nobody
+            await trio.sleep(0.02)
+
+
+async def test_a_job_goes_through_and_the_end_is_orderly(tmp_path, nursery):
+    simulator = Simulator(run_s=0.0)
+    configured = settings(tmp_path, await nursery.start(simulator.serve, 0))
+    spool = Spool(configured.spool)
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        job = await trio.to_thread.run_sync(drop, spool, "fox.json", json.dumps(GRAPH).encode())
+        await until((spool.done / job / "result.json").exists)
+        await until(lambda: not any(spool.claimed.iterdir()))
+        seen = await daemon.snapshot()
+        assert seen.counts["done"] == 1
+        assert [server.state.value for server in seen.servers] == ["up"]
+        daemon.stop()
+    row = stored(configured, job)
+    assert (row.state, row.retired) == (State.DONE, True)  # the last, lazy change was flushed
+    assert dict(simulator.executions) == {row.prompt_id: 1}
+
+
+async def test_a_second_daemon_on_the_same_spool_is_refused(tmp_path, nursery, monkeypatch):
+    monkeypatch.setattr(app, "LOCK_PATIENCE_S", 0.2)
+    configured = settings(tmp_path, "http://127.0.0.1:9")
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        with pytest.raises(SpoolBusy):
+            await app.run(configured)
+        daemon.stop()
+
+
+async def test_a_taken_port_is_a_configuration_error(tmp_path, nursery):
+    taken = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = taken[0].socket.getsockname()[1]
+    configured = settings(tmp_path, "http://127.0.0.1:9")
+    configured = config.parse(
+        f"servers: [{{name: s, url: 'http://127.0.0.1:9'}}]\nmetrics: {{listen: 127.0.0.1:{port}}}",
+        file=tmp_path / "comfyd.yaml",
+        base=tmp_path,
+    )
+    with pytest.RaisesGroup(ConfigError, flatten_subgroups=True, allow_unwrapped=True):
+        await app.run(configured)
+    await taken[0].aclose()
+
+
+async def test_a_job_whose_order_crashes_the_daemon_three_times_is_held(
+    tmp_path, nursery, monkeypatch
+):
+    """And the others, dropped with it, go through in between."""
+    simulator = Simulator(run_s=0.0)
+    configured = settings(tmp_path, await nursery.start(simulator.serve, 0))
+    spool = Spool(configured.spool)
+    await trio.to_thread.run_sync(spool.prepare)
+    data = json.dumps(GRAPH).encode()
+    poison = await trio.to_thread.run_sync(drop, spool, "poison.json", data)
+    real = submitter.submit
+
+    async def buggy(order, *args, **kwargs):
+        if order.row.job == poison:
+            raise KeyError("a bug that only this job meets")
+        return await real(order, *args, **kwargs)
+
+    monkeypatch.setattr(submitter, "submit", buggy)
+    for crashes in (1, 2, 3):
+        with (
+            trio.fail_after(15),
+            pytest.RaisesGroup(OrderFailed, flatten_subgroups=True),
+        ):
+            await app.run(configured)
+        assert stored(configured, poison).crashes == crashes
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        other = await trio.to_thread.run_sync(drop, spool, "other.json", data)
+        await until((spool.done / other / "result.json").exists)
+        with trio.fail_after(15):
+            while (await daemon.snapshot()).counts["held"] != 1:  # noqa: ASYNC110
+                await trio.sleep(0.05)
+        daemon.stop()
+    row = stored(configured, poison)
+    assert row.state is State.HELD
+    assert "3 times" in row.held
+    assert set(simulator.executions) == {prompt_id_of(other, 1)}
