@@ -20,16 +20,11 @@ from comfyd.journal.sqlite import open_readonly
 from comfyd.simulator import Simulator
 from tests.endtoend.daemon import ROOT, Daemon, end
 from tests.endtoend.graphs import picture
+from tests.endtoend.seeds import drawn_seed
 
 JOBS = 200
 KILLS = 20
 ATTEMPTS_SEEN = 100  # far more than a job can have had
-
-
-def drawn_seed() -> int:
-    seed = int(os.environ.get("PROVE_SEED") or random.SystemRandom().randrange(1 << 32))
-    print(f"\nseed {seed} (repeat with PROVE_SEED={seed})")
-    return seed
 
 
 @asynccontextmanager
@@ -87,7 +82,9 @@ async def test_the_daemon_killed_at_20_moments_of_200_jobs(tmp_path):
                 async with consumer(daemon, taken, seed):
                     for _ in range(KILLS):
                         await daemon.start()
-                        until_s = trio.current_time() + chance.uniform(0.3, 2.5)
+                        if chance.random() < 0.75:  # else it may be killed while it starts
+                            await daemon.ready()
+                        until_s = trio.current_time() + chance.uniform(0, 1.5)
                         while trio.current_time() < until_s:
                             if undropped and chance.random() < 0.8:
                                 number = undropped.pop()
