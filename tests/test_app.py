@@ -27,14 +27,15 @@ GRAPH = {
     "9": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x"}},
 }
 
+AUDIT = "{lost_grace: 100ms, orphan_interval: 50ms}"
+
 
 def settings(tmp_path: Path, url: str, **more: str) -> Config:
     lines = [
         f"servers: [{{name: s, url: '{url}'}}]",
         "metrics: {listen: 127.0.0.1:0}",
         "outputs: {min_free_bytes: 1MiB}",
-        "audit: {lost_grace: 100ms, orphan_interval: 50ms}",
-        *(f"{key}: {value}" for key, value in more.items()),
+        *(f"{key}: {value}" for key, value in {"audit": AUDIT, **more}.items()),
     ]
     path = tmp_path / "comfyd.yaml"
     path.write_text("\n".join(lines), encoding="utf-8")
