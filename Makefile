@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 COMFYUI_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check contract explore
+.PHONY: help demo test check contract explore prove
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ contract: $(STAMP)  ## Compare the simulator, or a real server (COMFYUI_URL=...)
 
 explore: $(STAMP)  ## Explore orders of events for longer than the tests do (about 25 minutes)
 	$(BIN)/python -m tests.core.explore
+
+prove: $(STAMP)  ## Kill daemon and server again and again, and run 10,000 jobs (about 10 minutes)
+	$(BIN)/python -m pytest -s tests/endtoend/prove_kills.py tests/endtoend/prove_server_loss.py tests/endtoend/prove_scale.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "comfyd needs Python 3.11 or newer; set PYTHON=...")'
