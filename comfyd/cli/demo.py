@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -61,34 +60,39 @@ async def _demo(args: argparse.Namespace, folder: Path) -> int:
             url = args.server
             if url is None:
                 url = await nursery.start(Simulator(run_s=NODE_S).serve)
-            settings = _configure(folder, url)
-            daemon: app.Daemon = await nursery.start(partial(app.run, settings))
-            say(
-                f"comfyd: {counted(args.jobs, 'job')}, {url}, folder {folder}, log comfyd.log in it"
-            )
-            began_s = time.monotonic()
-            spool = Spool(settings.spool)
-            made = samples(args.jobs, random.Random())  # colours that no cache has seen
-            submitted = {_submit(spool, sample): sample for sample in made}
-            follower = Follower.of(spool, submitted)
-            stopped = await _follow(follower, daemon, json=args.json)
-            took_s = time.monotonic() - began_s
-            problems = await trio.to_thread.run_sync(_verify, follower, submitted)
-            metrics = folder / "metrics.txt"
-            metrics.write_text(await _metrics_of(daemon.http_url), encoding="utf-8")
-            bad = {job: found for job, found in problems.items() if found}
-            if args.json:
-                put_json(_report(follower, problems, folder, took_s))
-            else:
-                _tell(follower, problems, folder, took_s)
-            if stopped:
-                say(f"comfyd: {stopped}")
-            if args.keep:
-                say(f"comfyd: the daemon goes on at {daemon.http_url}/ until Ctrl-C")
-                await _until_told()
-            daemon.stop()
+            code = await _with_daemon(args, folder, url)
             nursery.cancel_scope.cancel()
-    return Exit.FAILED if bad else Exit.OK
+    return code
+
+
+async def _with_daemon(args: argparse.Namespace, folder: Path, url: str) -> int:
+    """Everything between the start of the daemon and its orderly end."""
+    settings = _configure(folder, url)
+    async with trio.open_nursery() as nursery:
+        daemon: app.Daemon = await nursery.start(partial(app.run, settings))
+        jobs = counted(args.jobs, "job")
+        say(f"comfyd: {jobs} for {url}; folder {folder}, with comfyd.log")
+        began_s = trio.current_time()
+        spool = Spool(settings.spool)
+        made = samples(args.jobs, random.Random())  # colours that no cache has seen
+        submitted = {_submit(spool, sample): sample for sample in made}
+        follower = Follower.of(spool, submitted)
+        stopped = await _follow(follower, daemon, json=args.json)
+        took_s = trio.current_time() - began_s
+        problems = await trio.to_thread.run_sync(_verify, follower, submitted)
+        metrics = folder / "metrics.txt"
+        metrics.write_text(await _metrics_of(daemon.http_url), encoding="utf-8")
+        if args.json:
+            put_json(_report(follower, problems, folder, took_s))
+        else:
+            _tell(follower, problems, folder, took_s)
+        if stopped:
+            say(f"comfyd: {stopped}")
+        if args.keep:
+            say(f"comfyd: the daemon goes on at {daemon.http_url}/ until Ctrl-C")
+            await _until_told()
+        daemon.stop()
+    return Exit.FAILED if any(problems.values()) else Exit.OK
 
 
 def _configure(folder: Path, url: str) -> Config:

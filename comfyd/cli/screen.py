@@ -22,6 +22,7 @@ DOUBTFUL: Final = frozenset({"deaf", "draining", "held", "stale"})
 
 GAP: Final = 2  # between columns
 FOLDED: Final = 28  # a sentence can still be read in a column of this width
+TINY: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,16 @@ class Table:
         """Of each column, in characters."""
         return [max(map(len, column)) for column in zip(self.heads, *self.rows, strict=True)]
 
+    def needs(self, folded: int) -> int:
+        """The width it takes with its last column folded to *folded* characters."""
+        *fixed, last = self.widths()
+        return sum(fixed) + GAP * len(fixed) + min(last, folded)
+
     def fitted(self, width: int) -> Table:
         """Without as many spare columns as do not fit in *width*; the last column can be folded."""
         table = self
         for head in self.spare:
-            *fixed, last = table.widths()
-            if sum(fixed) + GAP * len(fixed) + min(last, FOLDED) <= width:
+            if table.needs(FOLDED) <= width:
                 break
             at = table.heads.index(head)
             heads, *rows = ([*row[:at], *row[at + 1 :]] for row in (table.heads, *table.rows))
@@ -172,6 +177,8 @@ def rendered(part: str | Table, width: int) -> RenderableType:
     from rich.table import Table as RichTable
 
     table = _inert(part).fitted(width)
+    if table.needs(TINY) > width:  # the terminal's own line breaks lose nothing
+        return Text("\n".join(lines_of(table)), no_wrap=True, overflow="ignore")
     made = RichTable(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, GAP - 1, 0, 0)
     )

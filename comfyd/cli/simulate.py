@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 
-from comfyd.cli.exits import Exit
+from comfyd.cli.exits import Exit, leaves
 from comfyd.cli.screen import Table, put, say
 from comfyd.errors import UsageError
 from comfyd.simulator import SWITCHES, Faults, Simulator
@@ -30,8 +30,9 @@ def main(args: argparse.Namespace) -> int:
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                 try:
                     url = await nursery.start(simulator.serve, args.port)
-                except OSError as error:
-                    raise UsageError(f"--port {args.port}: {error.strerror or error}") from None
+                except* OSError as group:
+                    [error, *_] = leaves(group)
+                    raise UsageError(f"--port {args.port}: {error}") from None
                 put(url)
                 say("comfyd: a simulated ComfyUI; Ctrl-C stops it")
                 async for _ in signals:

@@ -1,4 +1,4 @@
-"""The frame of every command: exit codes, where the configuration comes from, what is said where."""
+"""The frame of every command: exit codes, where the configuration is, what is said where."""
 
 from __future__ import annotations
 
