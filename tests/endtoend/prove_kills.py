@@ -29,7 +29,8 @@ ATTEMPTS_SEEN = 100  # far more than a job can have had
 
 @asynccontextmanager
 async def consumer(daemon: Daemon, taken: Path, seed: int) -> AsyncIterator[None]:
-    command = [sys.executable, "-m", "tests.endtoend.consumer", daemon.spool.root, taken, str(seed)]
+    module = "tests.endtoend.consumer"
+    command = [sys.executable, "-m", module, str(daemon.spool.root), str(taken), str(seed)]
     process = await trio.lowlevel.open_process(command, cwd=ROOT)
     try:
         yield
