@@ -41,6 +41,11 @@ def quoted(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
+def named_first(start: str) -> list[str]:
+    """What the rows of all tables name first, of that which starts with *start*."""
+    return re.findall(rf"^\| `({start}[^`]+)`", README, re.MULTILINE)
+
+
 # --- the README ---------------------------------------------------------------------------------
 
 
@@ -105,11 +110,17 @@ def test_every_exit_code_is_explained():
 
 
 def test_every_command_is_explained_and_none_that_is_not_there():
-    said = {quoted(row[0])[0].split()[1] for row in table("command")[:9]}
+    said = {words.split()[1] for words in named_first("comfyd ")}
     listed = re.findall(r"^    ([a-z-]+)(?:  |$)", build_parser().format_help(), re.MULTILINE)
     assert said == set(listed)
     [missing] = re.findall(r"^- commands: (.*)$", README, re.MULTILINE)
     assert not set(quoted(missing)) & said
+
+
+def test_every_make_target_is_explained():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE)
+    assert {*named_first("make ")} | {"make help"} == {f"make {name}" for name in targets}
 
 
 def test_the_metrics_named_exist():
