@@ -136,8 +136,9 @@ async def collect(
                     raise _Unobtainable(
                         Uncollected.SERVER, f"server {row.server} is not configured"
                     )
-                max_bytes = min(limits.max_bytes, room_bytes)
-                output = await _obtain(ref, index, stage, client, max_bytes, on_retry)
+                output = await _obtain(
+                    ref, index, stage, client, limits.max_bytes, room_bytes, on_retry
+                )
                 room_bytes -= output.bytes
                 outputs.append(output)
             except _Unobtainable as error:
@@ -166,6 +167,7 @@ async def _obtain(
     stage: Stage,
     client: Client,
     max_bytes: int,
+    room_bytes: int,
     on_retry: Callable[[ServerError], None],
 ) -> Output:
     """One file, downloaded and checked; its part lies in the stage."""
@@ -173,7 +175,7 @@ async def _obtain(
     while True:
         tries += 1
         try:
-            return await _download(ref, index, stage, client, max_bytes)
+            return await _download(ref, index, stage, client, max_bytes, room_bytes)
         except ServerError as error:
             problem = _judged(ref, error)
             if tries >= _TRIES or problem.cause is Uncollected.SERVER:
@@ -200,10 +202,10 @@ def _judged(ref: FileRef, error: ServerError) -> _Unobtainable:
 
 
 async def _download(
-    ref: FileRef, index: int, stage: Stage, client: Client, max_bytes: int
+    ref: FileRef, index: int, stage: Stage, client: Client, max_bytes: int, room_bytes: int
 ) -> Output:
     part = stage.part_path("download")
-    with _opened(part) as file:
+    with _opened(part, room_bytes) as file:
         got = await client.view(ref, file.write, max_bytes=max_bytes)
     wrong = looks_wrong(ref.filename, got.head)
     if wrong is not None:
@@ -216,12 +218,16 @@ async def _download(
 
 
 class _File:
-    """A part file whose writes tell a full disk apart."""
+    """A part file whose writes tell a full disk apart, before it is quite full."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, room_bytes: int) -> None:
         self._fd = fd
+        self._room_bytes = room_bytes
 
     def write(self, chunk: bytes) -> None:
+        self._room_bytes -= len(chunk)
+        if self._room_bytes < 0:
+            raise DiskFull("the file would take space that outputs.min_free_bytes keeps")
         with full_disk_told():
             view = memoryview(chunk)
             while view:
@@ -234,9 +240,9 @@ class _File:
         os.close(self._fd)
 
 
-def _opened(part: Path) -> _File:
+def _opened(part: Path, room_bytes: int) -> _File:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    return _File(os.open(part, flags, 0o600))
+    return _File(os.open(part, flags, 0o600), room_bytes)
 
 
 def _begin(spool: Spool, row: Row, limits: Limits) -> tuple[Stage, int]:

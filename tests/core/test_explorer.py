@@ -25,7 +25,6 @@ FAULTS = {
     [
         ("a", "S", FAULTS, 2),  # whatever two things go wrong with one job
         ("a", "ST", FAULTS, 1),
-        ("ab", "S", {"restart": 1, "loss": 1}, 1),  # two jobs on one worker
         ("ab", "ST", {"crash": 1}, 1),  # a crash anywhere, with two jobs on two servers
     ],
 )

@@ -342,6 +342,17 @@ async def test_of_a_failed_job_what_can_be_had_is_added(tmp_path, monkeypatch):
         assert (error["reason"], error["message"]) == ("interrupted", "Stopped.")
 
 
+async def test_a_file_that_does_not_fit_waits_for_space_and_is_not_blamed(tmp_path, monkeypatch):
+    async with rigged(tmp_path) as rig:
+        row = rig.row(graph(512))
+        row = collecting(row, await rig.finished(row))
+        real = fetcher._begin
+        monkeypatch.setattr(fetcher, "_begin", lambda *args: (real(*args)[0], 100))
+        answer = await rig.collect(row)
+        assert isinstance(answer, facts.CollectFailed)
+        assert answer.cause is Uncollected.DISK
+
+
 async def test_below_the_reserve_nothing_is_downloaded(tmp_path):
     async with rigged(tmp_path) as rig:
         row = rig.row()
