@@ -157,9 +157,9 @@ class Daemon:
             if isinstance(event, dict):
                 yield event
 
-    async def get(self, path: str) -> bytes:
+    async def get(self, path: str, headers: dict[str, str] | None = None) -> bytes:
         """GET *path* from its HTTP side."""
-        return await trio.to_thread.run_sync(fetch, self._http + path)
+        return await trio.to_thread.run_sync(fetch, self._http + path, headers)
 
     async def metrics(self) -> dict[str, float]:
         """Every sample of /metrics: ``name{label="value"}`` to its value."""
@@ -205,9 +205,10 @@ async def end(process: trio.Process) -> None:
         await process.wait()
 
 
-def fetch(url: str) -> bytes:
+def fetch(url: str, headers: dict[str, str] | None = None) -> bytes:
     """GET *url*. Blocking."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    request = urllib.request.Request(url, headers=headers or {})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return bytes(answer.read())
 
 

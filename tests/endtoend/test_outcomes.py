@@ -12,8 +12,10 @@ from urllib.parse import urlencode
 
 import pytest
 import trio
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from comfyd.simulator import Simulator
+from tests.contract.graphs import half_failing
 from tests.endtoend import graphs
 from tests.endtoend.daemon import Daemon, fetch
 from tests.endtoend.waiting import counted, until
@@ -113,6 +115,20 @@ async def test_what_the_server_refuses_or_fails(simulator, tmp_path):
         assert metrics[f'comfyd_job_failures_total{{reason="{reason}"}}'] == 1
 
 
+async def test_what_was_made_before_a_failure_is_kept(simulator, tmp_path):
+    daemon = Daemon(tmp_path, simulator.url)
+    with trio.fail_after(PATIENCE_S):
+        async with daemon.running():
+            daemon.drop("half.json", half_failing("half"))
+            await daemon.finish(1, within_s=30)
+            ((job, result),) = daemon.results().items()
+            (output,) = result["outputs"]
+            content = (daemon.spool.failed / job / output["file"]).read_bytes()
+            assert content == await served(simulator, output["source"])
+    assert (result["state"], result["reason"]) == ("failed", "execution_error")
+    assert output["node"] == "8"
+
+
 async def test_interrupted_from_outside(simulator, tmp_path):
     daemon = Daemon(tmp_path, simulator.url)
     with trio.fail_after(PATIENCE_S):
@@ -164,6 +180,20 @@ async def test_outputs_of_several_kinds(simulator, tmp_path):
     assert result["ui"]["12"] == {"text": ["text 7"]}
     found = {path.name for path in (daemon.spool.done / job).iterdir()}
     assert found == {*files, "result.json", "job.json"}
+
+
+async def test_the_metrics_are_valid_openmetrics(simulator, tmp_path):
+    daemon = Daemon(tmp_path, simulator.url)
+    strict = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    with trio.fail_after(PATIENCE_S):
+        async with daemon.running():
+            daemon.drop("good.json", graphs.picture(1))
+            daemon.drop("failing.json", graphs.failing(2))
+            await daemon.finish(2, within_s=20)
+            text = (await daemon.get("/metrics", strict)).decode()
+    assert text.endswith("# EOF\n")
+    names = {family.name for family in text_string_to_metric_families(text)}  # raises if it is not
+    assert {"comfyd_jobs", "comfyd_missed_signals", "comfyd_completion_latency_seconds"} <= names
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

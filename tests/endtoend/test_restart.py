@@ -10,6 +10,7 @@ import trio
 from comfyd.cli.exits import Exit
 from tests.endtoend import graphs
 from tests.endtoend.daemon import ROOT, Daemon
+from tests.endtoend.oracle import runs_by_job
 from tests.endtoend.waiting import until
 
 PATIENCE_S = 60
@@ -80,3 +81,4 @@ async def test_killed_twice_during_30_jobs(simulator, tmp_path):
     assert os.listdir(daemon.spool.failed) == []
     assert os.listdir(daemon.spool.claimed) == os.listdir(daemon.spool.new) == []
     assert set(simulator.executions.values()) == {1}, "a prompt was executed twice"
+    assert set(runs_by_job(simulator, jobs).values()) == {1}, "a job was executed twice"
