@@ -34,6 +34,7 @@ _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _IGNORED_ENDS = ("~", ".tmp", ".part", ".swp")
 _ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 _JOB_ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]{{0,63}}\.{_ULID.pattern}")
+_PROBES = 20  # nobody takes so many folders in a row, each within a moment
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -104,22 +105,38 @@ class Spool:
     def _try_moves(self) -> None:
         """Take every way a job can take; done/ and failed/ backwards, so no consumer wakes up."""
         _check_private(self.root)
-        probe = f".probe-{os.urandom(6).hex()}"
-        stage = self.stage / probe
         for start in (self.new, self.claimed, self.done, self.failed):
-            here = start / probe
-            here.mkdir(0o700)
-            try:
-                here = here.rename(stage)
-                share(here, start)
-            finally:
-                here.rmdir()
+            tries = 0
+            while True:
+                tries += 1
+                try:
+                    self._try_move(start)
+                    break
+                except FileNotFoundError:  # a consumer that takes whatever it sees was quicker
+                    if tries >= _PROBES:
+                        raise
+        probe = _probe()
         waiting = self.tmp / probe
         os.close(os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         try:
             waiting = waiting.rename(self.new / probe)
         finally:
             waiting.unlink()
+
+    def _try_move(self, start: Path) -> None:
+        probe = _probe()
+        here = start / probe
+        here.mkdir(0o700)
+        try:
+            here = here.rename(self.stage / probe)
+            share(here, start)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                here.rmdir()
+
+
+def _probe() -> str:
+    return f".probe-{os.urandom(6).hex()}"
 
 
 def _unusable(problem: str) -> ConfigError:

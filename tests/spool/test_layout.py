@@ -47,6 +47,25 @@ def test_modes_that_a_person_chose_stay(spool: Spool) -> None:
     assert (mode_of(spool.new), mode_of(spool.done)) == (0o700, 0o2755)
 
 
+def test_a_consumer_may_take_what_is_only_a_try(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees a folder in ``done/`` for a moment; the daemon must start all the same."""
+    make = Path.mkdir
+    taken: list[Path] = []
+
+    def mkdir(path: Path, mode: int = 0o777) -> None:
+        make(path, mode)
+        if path.parent == spool.done and not taken:
+            path.rename(spool.root / "taken")
+            taken.append(path)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    spool.prepare()
+    assert taken
+    assert list(spool.done.iterdir()) == list(spool.stage.iterdir()) == []
+
+
 def test_a_missing_parent_is_not_made_up(tmp_path: Path) -> None:
     """A disk that is not mounted must not be replaced by a folder of the same name."""
     with pytest.raises(ConfigError, match="make it first"):
