@@ -22,7 +22,7 @@ def main(spool: Path, taken: Path, seed: int) -> None:
     while os.getppid() != 1:
         for place in ("done", "failed"):
             for name in os.listdir(spool / place):
-                if chance.random() < 0.5:
+                if name.startswith(".") or chance.random() < 0.5:  # the daemon trying the folder
                     continue
                 try:
                     os.rename(spool / place / name, taken / place / name)
