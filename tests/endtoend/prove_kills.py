@@ -84,7 +84,7 @@ async def test_the_daemon_killed_at_20_moments_of_200_jobs(tmp_path):
                         await daemon.start()
                         if chance.random() < 0.75:  # else it may be killed while it starts
                             await daemon.ready()
-                        until_s = trio.current_time() + chance.uniform(0, 1.5)
+                        until_s = trio.current_time() + chance.uniform(0, 3)
                         while trio.current_time() < until_s:
                             if undropped and chance.random() < 0.8:
                                 number = undropped.pop()

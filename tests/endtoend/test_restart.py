@@ -73,6 +73,7 @@ async def test_killed_twice_during_30_jobs(simulator, tmp_path):
             await daemon.start()
             await daemon.ready()
             await daemon.finish(30, within_s=40)
+            await until(lambda: not os.listdir(daemon.spool.claimed))  # cleared away afterwards
             assert await daemon.stop() == 0
         finally:
             await daemon.bury()
