@@ -68,7 +68,7 @@ def submitting(daemon: Daemon) -> set[str]:
 async def test_the_daemon_killed_at_20_moments_of_200_jobs(tmp_path):
     seed = drawn_seed()
     chance = random.Random(seed)
-    simulator = Simulator(run_s=0.04)  # two nodes a job: the last kill finds work left
+    simulator = Simulator(run_s=0.08)  # two nodes a job: the last kill finds work left
     simulator.faults.post_delay_s = 0.05  # a submission is often on its way
     taken = tmp_path / "taken"
     doubtful: set[str] = set()
