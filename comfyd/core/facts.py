@@ -160,6 +160,19 @@ class Retired:
     token: Token
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fenced:
+    """Answer to `orders.Fence`: what is left of an abandoned attempt, after it was to be ended.
+
+    *record* is there exactly when *presence* is FINISHED.
+    """
+
+    prompt_id: PromptId
+    presence: Presence
+    record: Record | None = None
+    reason: str = ""
+
+
 Answer = (
     Accepted
     | Rejected
@@ -257,6 +270,22 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueueLooked:
+    """How many prompts run and wait on a server, by one GET /queue."""
+
+    server: ServerName
+    running: int
+    pending: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpaceSeen:
+    """Whether the spool's file system has the space that ``outputs.min_free_bytes`` keeps."""
+
+    enough: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckAsked:
     """A person asked for an audit of this job now."""
 
@@ -265,18 +294,71 @@ class CheckAsked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelAsked:
+    """A person wants this job gone, wherever it is."""
+
     job: JobId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseAsked:
+    """A person lets a held job go on."""
+
     job: JobId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldAsked:
+    """A person wants this job out of the queue; it has no effect once it was sent."""
+
     job: JobId
     reason: str
+
+
+Wish = CheckAsked | CancelAsked | ReleaseAsked | HoldAsked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summoned:
+    """Answer to `orders.Summon`: the rows of the jobs that are known, and what was wished."""
+
+    rows: tuple[Row, ...]
+    wishes: tuple[Wish, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overdue:
+    """Answer to `orders.Expire`: queued rows past their deadline, and the next one's after that."""
+
+    rows: tuple[Row, ...]
+    next_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PauseAsked:
+    """A person stops the intake, or lets it go on."""
+
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainAsked:
+    """A person wants nothing more sent to this server; what is there may finish."""
+
+    server: ServerName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeAsked:
+    """A person says that this server may be used again: drained or wedged no more."""
+
+    server: ServerName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetAsked:
+    """A person says that this server is gone for good: what is there is given up now."""
+
+    server: ServerName
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,10 +374,16 @@ News = (
     | StalledPublisher
     | QueueSeen
     | Health
-    | CheckAsked
-    | CancelAsked
-    | ReleaseAsked
-    | HoldAsked
+    | QueueLooked
+    | SpaceSeen
+    | Fenced
+    | Wish
+    | Summoned
+    | Overdue
+    | PauseAsked
+    | DrainAsked
+    | ResumeAsked
+    | ForgetAsked
     | Tick
 )
 Fact = Answer | Hint | News

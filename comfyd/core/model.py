@@ -142,7 +142,8 @@ class Outcome(Value, frozen=True):
     """How a job ends: decided once, when it starts collecting.
 
     Attributes:
-      state: done, failed or cancelled.
+      state: done, failed or cancelled; as ``Row.why`` also queued: the attempt is ended only to be
+        made again, elsewhere.
       reason: Why, unless done.
       message: One sentence a person can act on, unless done.
       detail: More for people and scripts: JSON values, bounded.
@@ -153,6 +154,45 @@ class Outcome(Value, frozen=True):
     reason: Reason | None = None
     message: str = ""
     detail: dict[str, Any] = {}
+
+
+class Verdict(Value, frozen=True):
+    """What one server said against a job that is then tried on another, in case it was the server.
+
+    Attributes:
+      outcome: How the job ends if no other server says otherwise.
+
+    """
+
+    server: ServerName
+    origin: str
+    outcome: Outcome
+
+
+class Fence(Value, frozen=True):
+    """An attempt that was given up without proof that it is over.
+
+    Before anything new is sent to that server, it is deleted or interrupted there, or found to have
+    finished: then the first success wins.
+    """
+
+    prompt_id: PromptId
+    job: JobId
+    server: ServerName
+    origin: str
+
+
+class Timeouts(Value, frozen=True):
+    """Deadlines that a job sets for itself, in seconds; None: as configured.
+
+    Attributes:
+      run_s: From its start to its end on a server.
+      stall_s: Without any message from it while it runs.
+
+    """
+
+    run_s: float | None = None
+    stall_s: float | None = None
 
 
 class Staged(Value, frozen=True):
@@ -181,13 +221,18 @@ class Row(Value, frozen=True):
       attempt: Identities used so far: the current attempt's number, 0 before the first. No limit.
       charged: Attempts held against the job; ``max_attempts`` limits this one.
       dropped: Times a prompt vanished from a server that lived on (deleted by someone else).
+      deaths: Servers that died in a row with this job on them. One that has any is sent alone.
+      verdicts: What servers said against it; it is tried on those that have not said anything.
       crashes: Daemon crashes in a row with this job at hand in this same state.
       not_before: Not to be submitted earlier than this.
       server, origin: Where the current attempt is: the name, and the URL it had then.
       prompt_id, client_id: The identity of the attempt and of the connection it was sent for.
       why: The outcome to take once the prompt is stopped.
       record, outcome, staged: Set on entering collecting, collecting, publishing.
-      abandoned: Attempts given up on without proof, as (server, origin, prompt_id).
+      abandoned: Attempts given up on without proof, as (server, origin, prompt_id); each began as a
+        `Fence`.
+      queue_s, queue_by: How long the job may wait for its start from the claim on, and until when
+        that is; None for ever. Once it has started, queue_by is None.
       retired: The claimed file is gone.
 
     """
@@ -209,6 +254,7 @@ class Row(Value, frozen=True):
     attempt: int = 0
     charged: int = 0
     dropped: int = 0
+    deaths: int = 0
     crashes: int = 0
     not_before: float = 0.0
     server: ServerName | None = None
@@ -222,7 +268,11 @@ class Row(Value, frozen=True):
     staged: Staged | None = None
     completion: Source | None = None
     abandoned: tuple[tuple[str, str, str], ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
     held: str = ""
+    queue_s: float | None = None
+    queue_by: float | None = None
+    timeouts: Timeouts = Timeouts()
     claimed_at: float = 0.0
     submitted_at: float | None = None
     started_at: float | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from comfyd.core.facts import Token
+from comfyd.core import model
+from comfyd.core.facts import Token, Wish
 from comfyd.core.model import Row
 
 
@@ -27,10 +28,14 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Delete from the queue, probe, interrupt by id if running, probe. Answer: Probed."""
+    """Delete from the queue, probe, interrupt by id if running, probe. Answer: Probed.
+
+    Attributes: *interrupt* is False where a running prompt shall be left alone.
+    """
 
     token: Token
     row: Row
+    interrupt: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,27 @@ class Retire:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fence:
+    """End an abandoned attempt as Stop does. Answer: Fenced."""
+
+    fence: model.Fence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summon:
+    """Read the rows that *wishes* are about from the journal. Answer: Summoned."""
+
+    wishes: tuple[Wish, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expire:
+    """Read the next *count* queued rows past their deadline. Answer: Overdue."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refill:
     """Read the next *count* queued rows from the journal. Answer: Candidates."""
 
@@ -75,4 +101,6 @@ class Refill:
 
 
 JobOrder = Submit | Probe | Stop | Fetch | Collect | Publish | Retire
-Order = JobOrder | Refill
+Read = Refill | Summon | Expire
+"""What the dispatcher reads from the journal at once, so that nothing is older than in memory."""
+Order = JobOrder | Fence | Read

@@ -104,7 +104,7 @@ class Dispatcher:
             for order in batch.orders:
                 if isinstance(order, Refill):
                     refill = order
-                else:
+                elif isinstance(order, JobOrder):
                     self._perform(order)
             if refill is None:
                 break
