@@ -371,8 +371,7 @@ class Metrics:
                         self._missed.labels(server, label(data["missed"], MISSED)).inc()
                 case "lost":
                     self._lost.labels(server, label(data["cause"], LOSSES)).inc()
-                    if data["charged"]:
-                        self._charged.labels(server).inc()
+                    self._charged.labels(server).inc(data["charged"])
                     lost = note.job, data["cause"]
                 case "finished":
                     self._finish(note, server)
@@ -381,7 +380,9 @@ class Metrics:
                 case "fetched":
                     self._outputs.labels(server).inc(data["outputs"])
                     self._output_bytes.labels(server).inc(data["bytes"])
-                case "accepted" | "signal":
+                case "charged":
+                    self._charged.labels(server).inc(data["charged"])
+                case "accepted" | "signal" | "blamed":
                     pass  # part of the story; what they lead to is counted
                 case _:
                     assert_never(note.kind)

@@ -7,12 +7,28 @@ the last entry of ``status.messages``; ``status_str`` can be another prompt's (e
 
 from __future__ import annotations
 
-from comfyd.core.model import End, Outcome, Reason, Record, Row, State
+from comfyd.core.model import (
+    End,
+    JobId,
+    Outcome,
+    PromptId,
+    Reason,
+    Record,
+    Row,
+    State,
+    prompt_id_of,
+)
 
 
-def is_foreign(row: Row, record: Record) -> bool:
+def is_foreign(job: JobId, attempt: int, record: Record) -> bool:
     """Whether *record* carries our mark with another job or attempt: then it proves nothing."""
-    return record.ours is not None and record.ours != (row.job, row.attempt)
+    return record.ours is not None and record.ours != (job, attempt)
+
+
+def attempt_of(row: Row, prompt_id: PromptId) -> int | None:
+    """Which attempt of the job *prompt_id* is; None if it is none."""
+    attempts = range(row.attempt, 0, -1)
+    return next((n for n in attempts if prompt_id_of(row.job, n) == prompt_id), None)
 
 
 def judge(row: Row, record: Record) -> Outcome:

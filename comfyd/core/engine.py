@@ -13,10 +13,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Final
 
 import msgspec
 
-from comfyd.core import lifecycle, rules
+from comfyd.core import lifecycle, rules, verdicts
 from comfyd.core.facts import (
     Accepted,
     Answer,
@@ -24,35 +26,60 @@ from comfyd.core.facts import (
     Claimed,
     Connected,
     Disconnected,
+    DrainAsked,
     Fact,
+    Fenced,
+    Fetched,
+    ForgetAsked,
     Health,
     Hint,
+    LateSuccess,
     NotSent,
+    Overdue,
+    PauseAsked,
     Probed,
+    QueueLooked,
     QueueSeen,
     Rejected,
+    ResumeAsked,
     Sign,
+    SpaceSeen,
     StalledPublisher,
     SubmitUnknown,
+    Summoned,
     Tick,
+    Wish,
 )
+from comfyd.core.fencing import again_soon, looked
+from comfyd.core.fleet import Fleet
 from comfyd.core.job import (
     Assigned,
     Context,
     Doubted,
     Due,
+    Expired,
+    GivenUp,
     Job,
     JobFact,
+    NoServerLeft,
     Orphaned,
+    Recalled,
     Step,
     is_stale,
     job_of,
+    wake_s,
 )
-from comfyd.core.model import JobId, PromptId, Row, ServerName, State
+from comfyd.core.model import End, Fence, JobId, PromptId, Row, ServerName, State
+from comfyd.core.moves import is_recalled
 from comfyd.core.notes import Note
-from comfyd.core.orders import Order, Refill
-from comfyd.core.policy import Policy, exponential_s, window
+from comfyd.core.orders import Expire, JobOrder, Order, Refill, Summon
+from comfyd.core.orders import Fence as FenceOrder
+from comfyd.core.policy import Policy, exponential_s
 from comfyd.core.server import Server
+
+# Names under which the journal remembers what persons asked for.
+PAUSED: Final = "paused"
+DRAINING: Final = "draining"
 
 # Enough to keep 16 servers with full windows busy for two rounds between reads of the journal.
 LOOK_AHEAD = 512
@@ -68,12 +95,19 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What came of a batch of facts. Commit *changes* and the story of *notes*, then the rest.
+    """What came of a batch of facts. Commit the rest and the story of *notes*, then give *orders*.
 
-    *urgent* is False when nothing waits for the commit: the changes may ride with a later one.
+    Attributes:
+      raised, lifted: Fences that are new, and the prompt ids of those that are over.
+      settings: What persons asked for, to be remembered by name.
+      urgent: False when nothing waits for the commit: it may come together with a later one.
+
     """
 
     changes: tuple[Change, ...] = ()
+    raised: tuple[Fence, ...] = ()
+    lifted: tuple[PromptId, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
     orders: tuple[Order, ...] = ()
     notes: tuple[Note, ...] = ()
     urgent: bool = False
@@ -84,6 +118,10 @@ class _Pending:
     """What `handle` gathered since the last `take`."""
 
     dirty: dict[JobId, int | None] = field(default_factory=dict)  # job -> committed version
+    raised: list[Fence] = field(default_factory=list)
+    lifted: list[PromptId] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    purposes: list[Wish | LateSuccess] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     urgent: bool = False
@@ -97,46 +135,83 @@ class Engine:
       policy: The numbers to decide by.
       counts: Jobs by state in the journal at start.
 
+    Attributes:
+      paused: A person stopped the intake.
+      space: There is room on the disk for results; nothing new is sent while there is not.
+
     """
 
     def __init__(
         self, servers: Iterable[Server], policy: Policy, counts: Mapping[State, int]
     ) -> None:
         self.policy = policy
-        self.servers = {server.name: server for server in servers}
+        self.fleet = Fleet(servers, policy)
         self.jobs: dict[JobId, Job] = {}
         self.counts: Counter[State] = Counter(counts)
-        self.on_server: dict[ServerName, dict[JobId, None]] = {n: {} for n in self.servers}
+        self.paused = False
+        self.space = True
         self._prompts: dict[PromptId, JobId] = {}
         self._queue: list[tuple[int, int, JobId]] = []  # a heap; entries may be outdated
         self._queued = 0  # queued jobs in memory
-        self._due: list[tuple[float, JobId]] = []  # a heap; entries may be outdated
+        self._picky: dict[JobId, None] = {}  # those of them that servers have refused
+        self._picked = True  # whether each of those still has a server to wait for
+        self._due: list[tuple[float, JobId]] = []  # a heap; entries may come too early
+        self._wakes: dict[JobId, float] = {}  # the earliest entry of each job there
         self._more = True  # the journal may hold due rows that are not in memory
         self._next_delayed_s = math.inf  # when the first delayed row in the journal comes due
+        self._overdue_s = 0.0  # when the first queued row is past its deadline
+        self._recall_s = math.inf  # when to think of fetching a prompt back
         self._now_s = 0.0
-        self._refilling = False
+        self._refilling = self._expiring = False
         self._pending = _Pending()
+
+    @property
+    def servers(self) -> Mapping[ServerName, Server]:
+        return self.fleet.servers
+
+    @property
+    def on_server(self) -> Mapping[ServerName, Mapping[JobId, None]]:
+        """Jobs with a prompt in flight, by server."""
+        return self.fleet.on_server
 
     def fork(self) -> Engine:
         """An independent copy, for exploring what else could happen; nothing may be pending."""
         new = copy.copy(self)
-        new.servers, new.jobs, new.counts = dict(self.servers), dict(self.jobs), self.counts.copy()
-        new.on_server = {name: dict(jobs) for name, jobs in self.on_server.items()}
+        new.fleet = self.fleet.fork()
+        new.jobs, new.counts = dict(self.jobs), self.counts.copy()
         new._prompts, new._queue, new._due = dict(self._prompts), self._queue[:], self._due[:]
+        new._picky, new._wakes = dict(self._picky), dict(self._wakes)
         new._pending = _Pending()
         return new
 
     # --- what the dispatcher calls ---------------------------------------------------------------
 
-    def load(self, rows: Iterable[Row], *, crashed: bool, now_s: float, u: float) -> None:
+    def load(
+        self,
+        rows: Iterable[Row],
+        *,
+        crashed: bool,
+        now_s: float,
+        u: float,
+        fences: Iterable[Fence] = (),
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Take up what the journal holds as active, with its at-load orders. Times in the future
         (the wall clock was set back) become now, so that no deadline is longer than configured."""
+        self.paused = settings.get(PAUSED) is True
+        drained = settings.get(DRAINING)
         for name in self.servers:
-            self._set(name, listen_by_s=now_s + self.policy.listen_grace_s)
+            draining = isinstance(drained, list) and name in drained
+            self._set(name, listen_by_s=now_s + self.policy.listen_grace_s, draining=draining)
+        for fence in fences:
+            self.fleet.watch(fence)
+        rows = tuple(rows)
+        beside = Counter((row.server, row.origin) for row in rows if row.state.in_flight)
         for row in rows:
-            clamped = _clamp(row, now_s)
+            alone = beside[row.server, row.origin] == 1
             context = Context(now_s=now_s, u=u, policy=self.policy)
-            self._apply(row, lifecycle.load(clamped, context, crashed=crashed), now_s)
+            loaded = lifecycle.load(_clamp(row, now_s), context, crashed=crashed, alone=alone)
+            self._apply(row, loaded, now_s)
 
     def handle(self, fact: Fact, *, now_s: float, u: float) -> None:
         """Apply one fact. Raises ProtocolViolation for one that cannot be."""
@@ -147,9 +222,26 @@ class Engine:
                 self._claimed(fact.row, now_s, u)
             case Candidates():
                 self._candidates(fact, now_s, u)
+            case Overdue():
+                self._overdue(fact, now_s, u)
+            case Summoned():
+                self._summoned(fact, now_s, u)
             case Tick():
                 self._tick(now_s, u)
-            case Connected() | Disconnected() | StalledPublisher() | QueueSeen() | Health():
+            case SpaceSeen():
+                self._space(fact, now_s, u)
+            case Fenced():
+                self._fenced(fact, now_s, u)
+            case PauseAsked() | DrainAsked() | ResumeAsked() | ForgetAsked():
+                self._asked(fact, now_s, u)
+            case (
+                Connected()
+                | Disconnected()
+                | StalledPublisher()
+                | QueueSeen()
+                | QueueLooked()
+                | Health()
+            ):
                 self._server_news(fact, now_s, u)
             case _:
                 self._job_fact(fact, now_s, u)
@@ -157,7 +249,8 @@ class Engine:
     def take(self, *, now_s: float, u: float) -> Batch:
         """Find places for the queue, then hand over everything since the last call."""
         self._now_s = now_s
-        self._assign(now_s, u)
+        self._place(now_s, u)
+        self._fence(now_s)
         pending, self._pending = self._pending, _Pending()
         changes = []
         for job_id, expected in pending.dirty.items():
@@ -167,23 +260,34 @@ class Engine:
             changes.append(Change(row, expected))
         self._forget(pending.dirty)
         orders = [self._current(order) for order in pending.orders]
-        return Batch(tuple(changes), tuple(orders), tuple(pending.notes), pending.urgent)
+        if pending.purposes:
+            orders.append(Summon(purposes=tuple(pending.purposes)))
+        return Batch(
+            changes=tuple(changes),
+            raised=tuple(pending.raised),
+            lifted=tuple(pending.lifted),
+            settings=tuple(pending.settings.items()),
+            orders=tuple(orders),
+            notes=tuple(pending.notes),
+            urgent=pending.urgent,
+        )
 
     def next_deadline_s(self) -> float:
         """When the next Tick is due; inf if never."""
-        while self._due:
-            due_s, job_id = self._due[0]
-            job = self.jobs.get(job_id)
-            if job is not None and job.live.look_s == due_s:
-                break
-            heapq.heappop(self._due)
-        deadline_s = self._due[0][0] if self._due else math.inf
+        deadline_s = min(self._first_wake_s(), self._next_delayed_s, self._overdue_s)
         if self._queued:  # somebody waits for a server to be tried again
             for server in self.servers.values():
                 opens_s = server.opens_s
                 if self._now_s < opens_s < deadline_s:
                     deadline_s = opens_s
-        return min(deadline_s, self._next_delayed_s)
+        if self._picky:
+            hopes_end_s = self.fleet.hopes_end_s()
+            if hopes_end_s > self._now_s:
+                deadline_s = min(deadline_s, hopes_end_s)
+        for watch in self.fleet.watches.values():
+            if not watch.asked and self.servers[watch.fence.server].up:
+                deadline_s = min(deadline_s, watch.look_s)
+        return min(deadline_s, self._recall_s)
 
     def knows(self, prompt_id: PromptId) -> bool:
         """Whether *prompt_id* is the current attempt of a job at hand."""
@@ -201,6 +305,10 @@ class Engine:
             for job_id in self.on_server[server]
         )
 
+    def trouble(self, server: ServerName) -> str:
+        """Why a server that answers is given nothing more, as a sentence; "" if all is well."""
+        return self.fleet.trouble(server, self._now_s)
+
     # --- jobs ------------------------------------------------------------------------------------
 
     def _job_fact(self, fact: JobFact, now_s: float, u: float) -> None:
@@ -209,56 +317,89 @@ class Engine:
         if job is None:
             if isinstance(fact, Answer):
                 self._drop("stale_answer")
+            elif isinstance(fact, Wish):
+                self._pending.purposes.append(fact)  # it may sleep in the journal
             else:
                 self._drop("unknown_job")
             return
         if isinstance(fact, Accepted | Rejected | NotSent | SubmitUnknown):
             self._breaker(job, fact, now_s, u)
-        culprit = isinstance(fact, Probed) and self._is_culprit(job)
-        self._step(job, fact, now_s, u, culprit=culprit)
+        self._step(job, fact, now_s, u)
 
-    def _step(
-        self, job: Job, fact: JobFact, now_s: float, u: float, *, culprit: bool = False
-    ) -> None:
-        context = Context(now_s=now_s, u=u, policy=self.policy, culprit=culprit)
+    def _step(self, job: Job, fact: JobFact, now_s: float, u: float) -> None:
+        judged = isinstance(fact, Rejected | Fetched | Probed)
+        elsewhere = judged and self.fleet.elsewhere(job.row, now_s)
+        context = Context(now_s=now_s, u=u, policy=self.policy, elsewhere=elsewhere)
         self._apply(job.row, lifecycle.step(job, fact, context), now_s)
 
     def _apply(self, before: Row, done: Step, now_s: float) -> None:
         """Keep what a step made: the only place where a job in memory changes."""
         rules.check(before, done.job)
-        row, live = done.job.row, done.job.live
+        row = done.job.row
         known = self.jobs.get(row.job)
         old = None if known is None else known.row
         self.jobs[row.job] = done.job
         if row != before:
             self._pending.dirty.setdefault(row.job, before.version)
             self._pending.urgent |= done.urgent
+        for server, origin, prompt_id in row.abandoned[len(before.abandoned) :]:
+            fence = Fence(
+                prompt_id=PromptId(prompt_id),
+                job=row.job,
+                server=ServerName(server),
+                origin=origin,
+            )
+            self._pending.raised.append(fence)
+            self.fleet.watch(fence)
         self._pending.orders += done.orders
         self._pending.notes += done.notes
         self._index(old, row)
         if row.state is not before.state:
             self.counts[before.state] -= 1
             self.counts[row.state] += 1
-        if live.look_s < math.inf:
-            heapq.heappush(self._due, (live.look_s, row.job))
+        self._wake(done.job)
         for note in done.notes:
-            if note.kind == "lost":
-                self._lost(note)
-            elif note.kind == "ended" and row.server is not None:
-                self._ran(row.server, row)
+            if note.kind == "blamed":
+                self._blame(row.job, note)
+            elif note.kind == "ended" and note.data["end"] == "success":
+                self._ran(row)
+
+    def _wake(self, job: Job) -> None:
+        """See to it that the job is told when its time has come."""
+        wanted_s = wake_s(job, self.policy)
+        if wanted_s < self._wakes.get(job.row.job, math.inf):
+            self._wakes[job.row.job] = wanted_s
+            heapq.heappush(self._due, (wanted_s, job.row.job))
+
+    def _first_wake_s(self) -> float:
+        """When the first job wants a Due; entries that come too early are put right on the way."""
+        while self._due:
+            due_s, job_id = self._due[0]
+            job = self.jobs.get(job_id)
+            if job is not None and wake_s(job, self.policy) == due_s == self._wakes.get(job_id):
+                return due_s
+            heapq.heappop(self._due)
+            if self._wakes.get(job_id) == due_s:
+                del self._wakes[job_id]
+                if job is not None:
+                    self._wake(job)
+        return math.inf
 
     def _index(self, old: Row | None, row: Row) -> None:
         """Keep the look-ups in step with the rows in memory."""
         if old is not None and old.state is State.QUEUED:
             self._queued -= 1
+            self._picky.pop(row.job, None)
         if row.state is State.QUEUED:
             self._queued += 1
             if old is None or old.state is not State.QUEUED:
                 heapq.heappush(self._queue, (-row.priority, row.seq, row.job))
-        if old is not None and old.server is not None and old.state.in_flight:
-            self.on_server.get(old.server, {}).pop(row.job, None)
-        if row.server is not None and row.state.in_flight:
-            self.on_server.setdefault(row.server, {})[row.job] = None
+            if row.verdicts:
+                self._picky[row.job] = None
+                self._picked = False
+            if row.queue_by is not None:
+                self._overdue_s = min(self._overdue_s, row.queue_by)
+        self.fleet.index(old, row)
         if old is not None and old.prompt_id is not None and old.prompt_id != row.prompt_id:
             self._prompts.pop(old.prompt_id, None)
         if row.prompt_id is not None:
@@ -289,6 +430,7 @@ class Engine:
 
     def _remove(self, job_id: JobId) -> None:
         row = self.jobs.pop(job_id).row
+        self._picky.pop(job_id, None)
         if row.state is State.QUEUED:
             self._queued -= 1
         if row.prompt_id is not None:
@@ -296,7 +438,7 @@ class Engine:
 
     def _current(self, order: Order) -> Order:
         """The order with the row as committed, version and all."""
-        if isinstance(order, Refill):
+        if not isinstance(order, JobOrder):
             return order
         job = self.jobs.get(order.row.job)
         return order if job is None else replace(order, row=job.row)
@@ -304,7 +446,7 @@ class Engine:
     def _drop(self, reason: str) -> None:
         self._pending.notes.append(Note("dropped", None, None, {"reason": reason}, story=False))
 
-    # --- intake and the queue --------------------------------------------------------------------
+    # --- intake, the journal's sleepers and the queue --------------------------------------------
 
     def _claimed(self, row: Row, now_s: float, u: float) -> None:
         if row.job in self.jobs:
@@ -325,71 +467,165 @@ class Engine:
         self._more = len(fact.rows) >= LOOK_AHEAD
         self._next_delayed_s = math.inf if fact.next_due_s is None else fact.next_due_s
         for row in fact.rows:
-            if row.job not in self.jobs:
-                context = Context(now_s=now_s, u=u, policy=self.policy)
-                self._apply(row, lifecycle.load(_clamp(row, now_s), context, crashed=False), now_s)
+            self._awake(row, now_s, u)
 
-    def _assign(self, now_s: float, u: float) -> None:
-        """Give queued jobs, best first, to the least loaded servers with room."""
-        while self._queued and (server := self._free_server(now_s)) is not None:
-            if not self._queue:
-                break
-            entry = heapq.heappop(self._queue)
-            if self._is_queued(entry):
-                assigned = Assigned(
-                    server.name, server.origin, server.client_id if server.hearing else None
-                )
-                self._step(self.jobs[entry[2]], assigned, now_s, u)
+    def _awake(self, row: Row, now_s: float, u: float) -> Job:
+        """The job in memory; from *row*, as just read from the journal, if it was not."""
+        if row.job not in self.jobs:
+            context = Context(now_s=now_s, u=u, policy=self.policy)
+            self._apply(row, lifecycle.load(_clamp(row, now_s), context, crashed=False), now_s)
+        return self.jobs[row.job]
+
+    def _summoned(self, fact: Summoned, now_s: float, u: float) -> None:
+        """What was wished about jobs that sleep in the journal: the queued and the held."""
+        rows = {row.job: row for row in fact.rows}
+        for purpose in fact.purposes:
+            row = rows.get(purpose.job)
+            if row is None or (row.retired and row.job not in self.jobs):
+                self._drop("unknown_job" if row is None else "no_effect")
+                continue
+            self._step(self._awake(row, now_s, u), purpose, now_s, u)
+            still_held = self.jobs[row.job].row.state is State.HELD
+            if still_held and row.job not in self._pending.dirty:
+                self._remove(row.job)
+
+    def _overdue(self, fact: Overdue, now_s: float, u: float) -> None:
+        """Queued rows whose time to start has run out."""
+        self._expiring = False
+        self._overdue_s = math.inf if fact.next_s is None else fact.next_s
+        if len(fact.rows) >= LOOK_AHEAD:
+            self._overdue_s = now_s
+        for row in fact.rows:
+            job = self._awake(row, now_s, u)
+            if job.row.state is State.QUEUED:
+                self._step(job, Expired(), now_s, u)
+
+    def _place(self, now_s: float, u: float) -> None:
+        """Give queued jobs places, and take from servers what others could run."""
+        if self.fleet.keep_fit(now_s) or now_s >= self.fleet.hopes_end_s():
+            self._picked = False
+        if self._picky and not self._picked:
+            self._give_up_picky(now_s, u)
+        if self.space:
+            self._assign(now_s, u)
+            self._recall(now_s, u)
         if now_s >= self._next_delayed_s:
             self._more, self._next_delayed_s = True, math.inf
         if self._more and self._queued < LOOK_AHEAD // 2 and not self._refilling:
             self._refilling = True
             self._pending.orders.append(Refill(count=LOOK_AHEAD))
+        if now_s >= self._overdue_s and not self._expiring:
+            self._expiring, self._overdue_s = True, math.inf
+            self._pending.orders.append(Expire(count=LOOK_AHEAD))
 
-    def _free_server(self, now_s: float) -> Server | None:
-        best: tuple[float, Server] | None = None
-        for server in self.servers.values():
-            ours = len(self.on_server[server.name])
-            # Others' prompts count, but never keep us out for good: one of ours may always wait.
-            theirs = server.remaining if server.hearing and ours else 0
-            room = window(server.window, server.run_average_s)
-            load = max(ours, theirs)
-            usable = server.up and not server.refusal and now_s >= server.opens_s
-            if usable and load < room:
-                share = max(ours, server.remaining) / room
-                if best is None or share < best[0]:
-                    best = share, server
-        return None if best is None else best[1]
+    def _give_up_picky(self, now_s: float, u: float) -> None:
+        """End what servers have refused and no other is left to try."""
+        self._picked = True
+        for job_id in list(self._picky):
+            job = self.jobs[job_id]
+            if not self.fleet.elsewhere(job.row, now_s):
+                self._step(job, NoServerLeft(), now_s, u)
+
+    def _assign(self, now_s: float, u: float) -> None:
+        """Give queued jobs, best first, to the least loaded servers with room."""
+        fleet = self.fleet
+        open_ = {s.name for s in fleet.servers.values() if fleet.has_room(s, now_s)}
+        passed_over = []
+        while open_ and self._queue:
+            entry = heapq.heappop(self._queue)
+            if not self._is_queued(entry):
+                continue
+            job = self.jobs[entry[2]]
+            server = fleet.place(job.row, sorted(open_))
+            if server is None:
+                passed_over.append(entry)
+                if job.row.deaths:  # it is sent alone: let a server become empty for it
+                    open_.discard(fleet.reserve(job.row, now_s) or ServerName(""))
+                continue
+            client_id = server.client_id if server.hearing else None
+            self._step(job, Assigned(server.name, server.origin, client_id), now_s, u)
+            if not fleet.has_room(server, now_s):
+                open_.discard(server.name)
+        for entry in passed_over:
+            heapq.heappush(self._queue, entry)
+
+    def _recall(self, now_s: float, u: float) -> None:
+        """Fetch prompts back that wait on a server while another one could run them."""
+        self._recall_s = math.inf
+        fleet = self.fleet
+        if len(self.servers) < 2 or not any(fleet.on_server.values()):
+            return
+        for server in list(self.servers.values()):
+            if server.up and fleet.on_server[server.name] and fleet.trouble(server.name, now_s):
+                for job in self._waiting_on(server.name):
+                    others = (s for s in self.servers.values() if s.name != server.name)
+                    if any(self._could_run(other, job.row, now_s) for other in others):
+                        self._step(job, Recalled(), now_s, u)
+        if self._queued or self._more:
+            return
+        idle = fleet.idle(now_s)
+        under_way = sum(
+            is_recalled(self.jobs[j].row) for here in fleet.on_server.values() for j in here
+        )
+        for server in idle[under_way:]:
+            behind = [
+                job
+                for name, here in fleet.on_server.items()
+                if max(len(here), fleet.servers[name].remaining) > 1 and fleet.servers[name].up
+                for job in self._waiting_on(name)
+                if self._could_run(server, job.row, now_s)
+            ]
+            late = max(behind, key=lambda job: submission_order(job.row), default=None)
+            if late is None:
+                continue
+            at_s = (late.row.submitted_at or now_s) + self.policy.recall_after_s
+            if at_s <= now_s:
+                self._step(late, Recalled(), now_s, u)
+            else:
+                self._recall_s = min(self._recall_s, at_s)
+
+    def _waiting_on(self, name: ServerName) -> list[Job]:
+        """Prompts there that have not started, as far as is known."""
+        here = [self.jobs[job_id] for job_id in self.on_server[name]]
+        return [
+            job
+            for job in here
+            if job.row.state is State.SUBMITTED
+            and job.row.started_at is None
+            and not job.live.ended
+        ]
+
+    def _could_run(self, server: Server, row: Row, now_s: float) -> bool:
+        said = verdicts.has_said(row, server.name, server.origin)
+        return not said and self.fleet.is_usable(server, now_s)
 
     # --- servers ---------------------------------------------------------------------------------
 
     def _set(self, name: ServerName, **changes: object) -> Server:
         server = replace(self.servers[name], **changes)  # type: ignore[arg-type]  # fields by name
-        self.servers[name] = server
+        self.fleet.put(server)
         return server
 
     def _breaker(
         self, job: Job, fact: Accepted | Rejected | NotSent | SubmitUnknown, now_s: float, u: float
     ) -> None:
         """Leave a server that turns submissions away alone for a while; no job is to blame."""
-        row = job.row
-        if row.server not in self.servers or fact.token.attempt != row.attempt:
+        server = self.fleet.of(job.row)
+        if server is None or fact.token.attempt != job.row.attempt:
             return
         if isinstance(fact, Accepted | Rejected):
-            self._set(row.server, failures=0, closed_until_s=0.0)
-            if isinstance(fact, Accepted):
-                self._set(row.server, death_charged=False)
+            self._set(server.name, failures=0, closed_until_s=0.0)
             return
-        failures = self.servers[row.server].failures + 1
+        failures = server.failures + 1
         policy = self.policy
         delay_s = exponential_s(failures, policy.retry_first_s, policy.retry_max_s, u=u)
         if isinstance(fact, NotSent) and fact.retry_after_s is not None:
             delay_s = max(delay_s, min(fact.retry_after_s, policy.abandon_after_s))
-        self._set(row.server, failures=failures, closed_until_s=now_s + delay_s)
+        self._set(server.name, failures=failures, closed_until_s=now_s + delay_s)
 
     def _server_news(
         self,
-        fact: Connected | Disconnected | StalledPublisher | QueueSeen | Health,
+        fact: Connected | Disconnected | StalledPublisher | QueueSeen | QueueLooked | Health,
         now_s: float,
         u: float,
     ) -> None:
@@ -407,16 +643,20 @@ class Engine:
                     failures=0,
                     closed_until_s=0.0,
                 )
+                self.fleet.look_again(fact.server, now_s)
                 for job in here:  # the sweep: nothing is ever replayed to a new connection
                     self._step(job, Doubted(), now_s, u)
             case Disconnected():
                 if server.client_id is not None:
                     grace_s = self.policy.listen_grace_s
                     self._set(fact.server, client_id=None, listen_by_s=now_s + grace_s)
+                if fact.cause != "deaf":  # so a restart looks
+                    self.fleet.put(self.servers[fact.server].renewed())
                 cause = "deaf" if fact.cause == "deaf" else "disconnected"
+                alone = sum(not job.live.ended for job in here) == 1
                 for job in here:
                     if job.live.orphan == "":
-                        self._step(job, Orphaned(cause), now_s, u)
+                        self._step(job, Orphaned(cause, alone), now_s, u)
             case StalledPublisher():
                 self._set(fact.server, stalled=fact.stalled)
                 for job in here if fact.stalled else []:
@@ -427,32 +667,102 @@ class Engine:
                     # The end signal follows this message; look only if it does not.
                     within_s = self.policy.ending_grace_s
                     self._step(job, Doubted(within_s), now_s, u)
+            case QueueLooked():
+                policy = self.policy
+                looked = server.looked_at(fact.running, fact.pending, policy, now_s=now_s)
+                self.fleet.put(looked)
             case Health():
-                self._set(fact.server, up=fact.ok, refusal=fact.refusal)
+                server = self._set(fact.server, up=fact.ok, refusal=fact.refusal)
+                if not fact.ok:
+                    self.fleet.put(server.at_work())  # whatever comes back is asked anew
 
-    def _ran(self, name: ServerName, row: Row) -> None:
-        if row.started_at is None or row.ended_at is None or name not in self.servers:
+    def _ran(self, row: Row) -> None:
+        """A prompt succeeded: how long it took, and that its server is well."""
+        server = self.fleet.of(row)
+        if server is None or row.started_at is None or row.ended_at is None:
             return
         run_s = row.ended_at - row.started_at
-        average_s = self.servers[name].run_average_s
+        average_s = server.run_average_s
         mixed_s = run_s if average_s is None else 0.8 * average_s + 0.2 * run_s
-        self._set(name, run_average_s=mixed_s)
+        self.fleet.put(replace(server, run_average_s=mixed_s, strikes=()))
 
-    def _is_culprit(self, job: Job) -> bool:
-        """Whether *job* is to blame if its server lost its memory and nobody was seen running."""
-        name = job.row.server
-        if name not in self.servers or self.servers[name].death_charged:
-            return False
-        here = [self.jobs[job_id].row for job_id in self.on_server[name]]
-        if any(row.started_at is not None for row in here):
-            return False
-        oldest = min(here, key=_submission_order, default=None)
-        return oldest is not None and oldest.job == job.row.job
+    def _blame(self, job: JobId, note: Note) -> None:
+        """A failure that may be a server's fault, or that has turned out to be the job's."""
+        if note.data["blame"] == "job":
+            for server in list(self.servers.values()):
+                self.fleet.put(server.cleared_of(job))
+        elif (blamed := self.servers.get(ServerName(note.server or ""))) is not None:
+            self.fleet.put(blamed.struck(job))
 
-    def _lost(self, note: Note) -> None:
-        name = ServerName(note.server or "")
-        if name in self.servers and note.data["cause"] == "restart" and note.data["charged"]:
-            self._set(name, death_charged=True)
+    def _space(self, fact: SpaceSeen, now_s: float, u: float) -> None:
+        was, self.space = self.space, fact.enough
+        if fact.enough and not was:
+            for job in list(self.jobs.values()):
+                waits = job.live.order is None and job.live.look_s < math.inf
+                if waits and job.row.state in {State.COLLECTING, State.PUBLISHING}:
+                    self._step(job, Doubted(), now_s, u)
+
+    # --- fences ----------------------------------------------------------------------------------
+
+    def _fence(self, now_s: float) -> None:
+        """Ask about fences on servers that answer."""
+        for watch in self.fleet.due_watches(now_s):
+            self.fleet.watches[watch.fence.prompt_id] = replace(watch, asked=True)
+            self._pending.orders.append(FenceOrder(fence=watch.fence))
+
+    def _fenced(self, fact: Fenced, now_s: float, u: float) -> None:
+        watch = self.fleet.watches.get(fact.prompt_id)
+        if watch is None or not watch.asked:
+            self._drop("stale_answer")
+            return
+        fence = watch.fence
+        if fact.record is not None and fact.record.end is End.SUCCESS:
+            late = LateSuccess(job=fence.job, fence=fence, record=fact.record)
+            job = self.jobs.get(fence.job)
+            if job is None:
+                self._pending.purposes.append(late)
+            elif job.row.state is State.SUBMITTING or job.live.order is not None:
+                # Its present attempt is being spoken of with a server: a moment later.
+                self.fleet.watches[fact.prompt_id] = again_soon(watch, self.policy, now_s=now_s)
+                return
+            else:
+                self._step(job, late, now_s, u)
+        left = looked(watch, fact, self.policy, now_s=now_s, u=u)
+        if left is not None:
+            self.fleet.watches[fact.prompt_id] = left
+        else:
+            del self.fleet.watches[fact.prompt_id]
+            self._pending.lifted.append(fact.prompt_id)
+
+    # --- what persons ask for --------------------------------------------------------------------
+
+    def _asked(
+        self, fact: PauseAsked | DrainAsked | ResumeAsked | ForgetAsked, now_s: float, u: float
+    ) -> None:
+        match fact:
+            case PauseAsked():
+                self.paused = fact.paused
+                self._remember(PAUSED, fact.paused)
+            case ForgetAsked():
+                for job in list(self.jobs.values()):
+                    if job.row.server == fact.server and not job.row.state.final:
+                        self._step(job, GivenUp(), now_s, u)
+            case _ if fact.server not in self.servers:
+                self._drop("unknown_server")
+            case DrainAsked():
+                self._set(fact.server, draining=True)
+                self._remember(DRAINING, self._draining())
+            case ResumeAsked():
+                server = self._set(fact.server, draining=False, failures=0, closed_until_s=0.0)
+                self.fleet.put(server.renewed())
+                self._remember(DRAINING, self._draining())
+
+    def _draining(self) -> list[str]:
+        return sorted(server.name for server in self.servers.values() if server.draining)
+
+    def _remember(self, name: str, value: Any) -> None:
+        self._pending.settings[name] = value
+        self._pending.urgent = True
 
     # --- hints and time --------------------------------------------------------------------------
 
@@ -462,6 +772,9 @@ class Engine:
         if job is None or job.row.server != hint.server:
             self._drop("foreign_hint")
             return
+        server = self.servers.get(hint.server)
+        if server is not None and (server.wedged or server.idle_since_s is not None):
+            self.fleet.put(server.at_work())
         first = job.row.started_at is None
         self._step(job, hint, now_s, u)
         if first and hint.sign is Sign.ALIVE:
@@ -470,21 +783,27 @@ class Engine:
     def _doubt_earlier(self, started: Row, now_s: float, u: float) -> None:
         """One worker a server: what was submitted before the prompt that now runs has ended."""
         assert started.server is not None
-        for job_id in list(self.on_server[started.server]):
+        for job_id in list(self.on_server.get(started.server, ())):
             job = self.jobs[job_id]
             earlier = job.row.state is State.SUBMITTED and not job.live.ended
-            if earlier and _submission_order(job.row) < _submission_order(started):
+            if earlier and submission_order(job.row) < submission_order(started):
                 self._step(job, Doubted(), now_s, u)
 
     def _tick(self, now_s: float, u: float) -> None:
         while self._due and self._due[0][0] <= now_s:
             due_s, job_id = heapq.heappop(self._due)
+            if self._wakes.get(job_id) != due_s:
+                continue
+            del self._wakes[job_id]
             job = self.jobs.get(job_id)
-            if job is not None and job.live.look_s == due_s:
+            if job is None:
+                continue
+            if wake_s(job, self.policy) <= now_s:
                 self._step(job, Due(), now_s, u)
+            self._wake(self.jobs[job_id])
 
 
-def _submission_order(row: Row) -> tuple[float, float, int]:
+def submission_order(row: Row) -> tuple[float, float, int]:
     """The order in which a server runs what we sent it: by its number, or by when we sent it."""
     number = math.inf if row.number is None else row.number
     submitted_s = math.inf if row.submitted_at is None else row.submitted_at

@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
-from comfyd.core.model import JobId, PromptId, Record, Row, ServerName, Staged
+from comfyd.core.model import Fence, JobId, PromptId, Record, Row, ServerName, Staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,15 +314,24 @@ class HoldAsked:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateSuccess:
+    """An attempt that was given up has succeeded all the same: the first success wins."""
+
+    job: JobId
+    fence: Fence
+    record: Record
+
+
 Wish = CheckAsked | CancelAsked | ReleaseAsked | HoldAsked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summoned:
-    """Answer to `orders.Summon`: the rows of the jobs that are known, and what was wished."""
+    """Answer to `orders.Summon`: the rows of those jobs that are known, and what it was for."""
 
     rows: tuple[Row, ...]
-    wishes: tuple[Wish, ...]
+    purposes: tuple[Wish | LateSuccess, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

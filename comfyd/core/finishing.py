@@ -57,9 +57,9 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
     retry = noted(job, "retry", operation="download", reason=fact.cause.value)
     if fact.cause in {Uncollected.MISSING, Uncollected.INVALID} and row.outcome.state is State.DONE:
         charged = row.charged + 1
-        lost = noted(job, "lost", cause="outputs", charged=True)
+        lost = noted(job, "lost", cause="outputs", charged=1)
         if charged < row.max_attempts:
-            return requeue(job, ctx, retry, lost, **charge_to(job, charged, ctx))
+            return requeue(job, ctx, retry, lost, deaths=0, **charge_to(job, charged, ctx))
         missing = fact.cause is Uncollected.MISSING
         reason = Reason.OUTPUT_MISSING if missing else Reason.OUTPUT_INVALID
         outcome = failure(reason, fact.message)
@@ -74,7 +74,7 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
             )
         job = with_live(job, unsure_s=job.live.unsure_s or ctx.now_s)
         if row.outcome.state is State.DONE and is_abandoned(job, ctx):
-            lost = noted(job, "lost", cause="abandoned", charged=False)
+            lost = noted(job, "lost", cause="abandoned", charged=0)
             return requeue(job, ctx, retry, lost)
     delay_s = exponential_s(job.live.tries, policy.retry_first_s, policy.retry_max_s, u=ctx.u)
     return Step(plan(job, Ask.COLLECT, ctx.now_s + delay_s), notes=(retry,), urgent=False)
@@ -132,10 +132,12 @@ def retired(job: Job, fact: Retired, ctx: Context) -> Step:
 
 
 def held(job: Job, fact: HoldAsked, ctx: Context) -> Step:
-    """Out of the queue until a person releases it."""
-    return hold_as(job, fact.reason, ctx)
+    """Out of the queue until a person releases it; meanwhile no deadline runs."""
+    return hold_as(with_row(job, queue_by=None), fact.reason, ctx)
 
 
 def released(job: Job, fact: ReleaseAsked, ctx: Context) -> Step:
-    """Back into the queue."""
-    return move(job, State.QUEUED, ctx, held="", crashes=0)
+    """Back into the queue, with all the time to start that it had at first."""
+    queue_s = job.row.queue_s
+    queue_by = None if queue_s is None else ctx.now_s + queue_s
+    return move(job, State.QUEUED, ctx, held="", crashes=0, queue_by=queue_by)

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from comfyd.core import orders
 from comfyd.core.facts import (
     Answer,
-    CancelAsked,
-    CheckAsked,
     Hint,
-    HoldAsked,
-    ReleaseAsked,
+    LateSuccess,
+    Wish,
 )
 from comfyd.core.model import (
     IN_FLIGHT,
     JobId,
+    Reason,
     Row,
     ServerName,
+    State,
 )
 from comfyd.core.notes import Note
 from comfyd.core.policy import Policy
@@ -56,6 +56,8 @@ class Live:
       absent_s, unsure_s, unreadable_s: Since when each answer has been given without a break.
       refused: The server refused connections since *absent_s*: its memory is gone.
       orphan: Why no live connection of ours hears this prompt: disconnected, deaf, or "".
+      alone: No other prompt of ours was on its server when the connection ended.
+      stalling: Silent past its stall deadline: the next look decides.
       recovered: Found in the journal at start: its signals went to a process that is gone.
 
     """
@@ -75,6 +77,8 @@ class Live:
     unreadable_s: float | None = None
     refused: bool = False
     orphan: str = ""
+    alone: bool = False
+    stalling: bool = False
     recovered: bool = False
 
 
@@ -91,15 +95,15 @@ class Context:
     Attributes:
       now_s: The time.
       u: A uniform sample from [0, 1).
-      culprit: If this job's server lost its memory, whether this job is the one to charge although
-        nobody saw it run: the oldest there, when none is known to have been running.
+      elsewhere: There is another server that has not said anything against this job, and that works
+        or may do so again soon.
 
     """
 
     now_s: float
     u: float
     policy: Policy
-    culprit: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +117,13 @@ class Assigned:
 
 @dataclass(frozen=True, slots=True)
 class Orphaned:
-    """The connection that this prompt's events go to has ended. *cause*: disconnected or deaf."""
+    """The connection that this prompt's events go to has ended. *cause*: disconnected or deaf.
+
+    *alone*: if its server died, nothing else of ours can have brought it down.
+    """
 
     cause: str
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,20 +135,42 @@ class Doubted:
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """``live.look_s`` has come."""
+    """`wake_s` has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """It waited for its start for longer than it may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """It waits on a server while another one could run it: fetch it back, unless it runs by now."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoServerLeft:
+    """Every server that could still have taken it has said no, or is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A person says that its server is gone for good."""
 
 
 JobFact = (
     Answer
     | Hint
-    | CheckAsked
-    | CancelAsked
-    | ReleaseAsked
-    | HoldAsked
+    | Wish
+    | LateSuccess
     | Assigned
     | Orphaned
     | Doubted
     | Due
+    | Expired
+    | Recalled
+    | NoServerLeft
+    | GivenUp
 )
 
 
@@ -157,6 +187,28 @@ class Step:
 def is_stale(job: Job, policy: Policy, *, now_s: float) -> bool:
     """Whether a prompt on a server has been silent for longer than ``stale_after``."""
     return job.row.state in IN_FLIGHT and now_s - job.live.heard_s >= policy.stale_after_s
+
+
+def deadline(job: Job, policy: Policy) -> tuple[float, Reason] | None:
+    """When a submitted prompt is to be stopped, and why; None if nothing ends it."""
+    row, live = job.row, job.live
+    if row.state is not State.SUBMITTED or live.ended:
+        return None
+    if row.started_at is None:
+        return None if row.queue_by is None else (row.queue_by, Reason.QUEUE_TIMEOUT)
+    run_s = policy.run_timeout_s if row.timeouts.run_s is None else row.timeouts.run_s
+    run = row.started_at + run_s, Reason.RUN_TIMEOUT
+    if live.orphan or live.recovered or live.stalling:
+        return run  # nobody would hear its progress; or that is being looked into
+    stall_s = policy.stall_timeout_s if row.timeouts.stall_s is None else row.timeouts.stall_s
+    stall = max(live.heard_s, row.started_at) + stall_s, Reason.STALLED
+    return min(run, stall, key=lambda each: each[0])
+
+
+def wake_s(job: Job, policy: Policy) -> float:
+    """When the job wants a `Due`; infinity for never."""
+    ends = deadline(job, policy)
+    return job.live.look_s if ends is None else min(job.live.look_s, ends[0])
 
 
 def durations_s(row: Row, *, published_at: float | None = None) -> dict[str, float]:

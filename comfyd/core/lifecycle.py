@@ -26,6 +26,7 @@ from comfyd.core.facts import (
     Fetched,
     Hint,
     HoldAsked,
+    LateSuccess,
     NotSent,
     Probed,
     PublishConflict,
@@ -43,10 +44,14 @@ from comfyd.core.job import (
     Context,
     Doubted,
     Due,
+    Expired,
+    GivenUp,
     Job,
     JobFact,
     Live,
+    NoServerLeft,
     Orphaned,
+    Recalled,
     Step,
 )
 from comfyd.core.model import (
@@ -97,6 +102,9 @@ _FINAL_ROWS: dict[tuple[State, type], Rule] = {
 TABLE: Final[Mapping[tuple[State, type], Rule]] = MappingProxyType(
     {
         (_S.QUEUED, Assigned): submitting.assigned,
+        (_S.QUEUED, NoServerLeft): submitting.no_server_left,
+        (_S.QUEUED, Expired): submitting.expired,
+        (_S.QUEUED, LateSuccess): submitted.late_success,
         (_S.QUEUED, CancelAsked): stopping.stop,
         (_S.QUEUED, HoldAsked): finishing.held,
         (_S.HELD, ReleaseAsked): finishing.released,
@@ -112,6 +120,7 @@ TABLE: Final[Mapping[tuple[State, type], Rule]] = MappingProxyType(
         (_S.SUBMITTING, CancelAsked): stopping.stop,
         (_S.SUBMITTING, CheckAsked): submitted.look,
         (_S.SUBMITTING, Due): submitted.look,
+        (_S.SUBMITTING, GivenUp): submitted.given_up_on,
         (_S.SUBMITTED, Hint): submitted.hinted,
         (_S.SUBMITTED, Fetched): submitted.fetched,
         (_S.SUBMITTED, Probed): submitted.probed,
@@ -119,20 +128,29 @@ TABLE: Final[Mapping[tuple[State, type], Rule]] = MappingProxyType(
         (_S.SUBMITTED, Doubted): submitted.doubted,
         (_S.SUBMITTED, CancelAsked): stopping.stop,
         (_S.SUBMITTED, CheckAsked): submitted.look,
-        (_S.SUBMITTED, Due): submitted.look,
+        (_S.SUBMITTED, Due): submitted.due,
+        (_S.SUBMITTED, Recalled): submitted.recalled,
+        (_S.SUBMITTED, LateSuccess): submitted.late_success,
+        (_S.SUBMITTED, GivenUp): submitted.given_up_on,
         (_S.STOPPING, Probed): stopping.stopped,
         (_S.STOPPING, Fetched): stopping.fetched,
         (_S.STOPPING, Hint): stopping.hinted,
         (_S.STOPPING, Orphaned): stopping.orphaned,
+        (_S.STOPPING, CancelAsked): stopping.stop,
         (_S.STOPPING, CheckAsked): submitted.look,
         (_S.STOPPING, Due): submitted.look,
+        (_S.STOPPING, LateSuccess): stopping.late_success,
+        (_S.STOPPING, GivenUp): submitted.given_up_on,
         (_S.COLLECTING, Collected): finishing.collected,
         (_S.COLLECTING, CollectFailed): finishing.collect_failed,
         (_S.COLLECTING, Due): submitted.look,
+        (_S.COLLECTING, Doubted): submitted.look,
+        (_S.COLLECTING, GivenUp): submitted.given_up_on,
         (_S.PUBLISHING, Published): finishing.published,
         (_S.PUBLISHING, PublishConflict): finishing.publish_conflict,
         (_S.PUBLISHING, PublishDelayed): finishing.publish_delayed,
         (_S.PUBLISHING, Due): submitted.look,
+        (_S.PUBLISHING, Doubted): submitted.look,
         **_FINAL_ROWS,
     }
 )
@@ -169,16 +187,20 @@ def step(job: Job, fact: JobFact, ctx: Context) -> Step:
     return done
 
 
-def load(row: Row, ctx: Context, *, crashed: bool) -> Step:
+def load(row: Row, ctx: Context, *, crashed: bool, alone: bool = False) -> Step:
     """The job as found in the journal at start: the same states, the AT_LOAD orders.
 
     Args:
       crashed: The previous daemon did not stop cleanly: whatever it was collecting was at hand.
+      alone: No other prompt of ours was on its server.
 
     """
     if crashed and row.state is State.COLLECTING:
         row = msgspec.structs.replace(row, crashes=row.crashes + 1)
-    live = Live(since_s=ctx.now_s, heard_s=ctx.now_s, recovered=row.state in IN_FLIGHT)
+    in_flight = row.state in IN_FLIGHT
+    live = Live(
+        since_s=ctx.now_s, heard_s=ctx.now_s, recovered=in_flight, alone=alone and in_flight
+    )
     job = Job(row, live)
     if row.state in {State.QUEUED, State.COLLECTING} and row.crashes >= ctx.policy.max_crashes:
         return hold_as(job, crash_sentence(row), ctx)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -27,15 +27,17 @@ from comfyd.core.model import (
     Reason,
     Row,
     State,
+    Verdict,
 )
 from comfyd.core.notes import Kind, Note
 from comfyd.core.policy import exponential_s
+
+T = TypeVar("T")
 
 _ORDER_OF: Final[Mapping[Ask, type[orders.JobOrder]]] = MappingProxyType(
     {
         Ask.PROBE: orders.Probe,
         Ask.FETCH: orders.Fetch,
-        Ask.STOP: orders.Stop,
         Ask.SUBMIT: orders.Submit,
         Ask.COLLECT: orders.Collect,
         Ask.PUBLISH: orders.Publish,
@@ -55,6 +57,16 @@ ON_ENTRY: Final[Mapping[State, Ask]] = MappingProxyType(
         State.CANCELLED: Ask.RETIRE,
     }
 )
+
+
+def final_why(row: Row) -> Outcome | None:
+    """The end that the job is being stopped for; None if it is not, or only to be made again."""
+    return row.why if row.why is not None and row.why.state is not State.QUEUED else None
+
+
+def is_recalled(row: Row) -> bool:
+    """Whether its prompt is being fetched back from a server's queue, and nothing worse."""
+    return row.why is not None and row.why.state is State.QUEUED and row.why.reason is None
 
 
 def token_of(job: Job) -> Token:
@@ -83,6 +95,10 @@ def issue(job: Job, ask: Ask) -> Step:
     if live.order is not None:
         return Step(with_live(job, want=max(ask, live.want or ask), look_s=math.inf))
     job = with_live(job, order=ask, seq=live.seq + 1, look_s=math.inf)
+    if ask is Ask.STOP:
+        # One that is only fetched back may go on if it runs by now.
+        stop = orders.Stop(token=token_of(job), row=job.row, interrupt=not is_recalled(job.row))
+        return Step(job, (stop,))
     return Step(job, (_ORDER_OF[ask](token=token_of(job), row=job.row),))
 
 
@@ -113,6 +129,7 @@ def move(job: Job, state: State, ctx: Context, *notes: Note, **changes: Any) -> 
         ended=old.ended and state in IN_FLIGHT,
         signal_s=None if state in {State.QUEUED, State.HELD} else old.signal_s,
         orphan=old.orphan if state in IN_FLIGHT else "",
+        alone=old.alone and state in IN_FLIGHT,
         recovered=old.recovered and state in IN_FLIGHT,
     )
     job = Job(msgspec.structs.replace(job.row, state=state, **changes), live)
@@ -138,6 +155,7 @@ def crash_sentence(row: Row) -> str:
 
 NO_ATTEMPT: Final[Mapping[str, Any]] = MappingProxyType(
     {
+        "why": None,
         "server": None,
         "origin": None,
         "prompt_id": None,
@@ -156,11 +174,29 @@ NO_ATTEMPT: Final[Mapping[str, Any]] = MappingProxyType(
 
 def requeue(job: Job, ctx: Context, *notes: Note, **changes: Any) -> Step:
     """Back to the queue with no prompt anywhere; or to the end, if it was to be stopped anyway."""
-    if job.row.why is not None:
-        return collect_as(job, job.row.why, ctx, *notes, **changes)
+    if (why := final_why(job.row)) is not None:
+        return collect_as(job, why, ctx, *notes, **changes)
     if job.row.crashes >= ctx.policy.max_crashes:
         return hold_as(with_row(job, **changes), crash_sentence(job.row), ctx, *notes)
     return move(job, State.QUEUED, ctx, *notes, **{**NO_ATTEMPT, **changes})
+
+
+def stop_as(job: Job, why: Outcome, ctx: Context, *notes: Note) -> Step:
+    """Begin to end the prompt; what becomes of the job then is *why*."""
+    return move(job, State.STOPPING, ctx, *notes, why=why)
+
+
+def try_elsewhere(job: Job, verdict: Outcome, ctx: Context, *notes: Note) -> Step:
+    """Back to the queue, for servers that have not said anything yet; charged to nobody."""
+    reason = "rejected" if verdict.reason is Reason.REJECTED else "error"
+    retry = noted(job, "retry", operation="attempt", reason=reason)
+    said = Verdict(server=_set(job.row.server), origin=_set(job.row.origin), outcome=verdict)
+    return requeue(job, ctx, *notes, retry, verdicts=(*job.row.verdicts, said), deaths=0)
+
+
+def _set(value: T | None) -> T:
+    assert value is not None
+    return value
 
 
 def charge_to(job: Job, charged: int, ctx: Context) -> dict[str, Any]:

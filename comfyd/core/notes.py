@@ -15,7 +15,9 @@ Kind = Literal[
     "retry",  # operation, reason
     "audit",  # verdict
     "ended",  # source, missed: cause or None
-    "lost",  # cause, charged: bool
+    "lost",  # cause, charged: how many attempts are held against the job for it
+    "charged",  # charged: the same without a loss, reason
+    "blamed",  # blame: whose fault a failure is, server or job
     "finished",  # outcome, reason, durations
     "dropped",  # reason: a fact that was ignored
     "fetched",  # outputs, bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from comfyd.core import model
-from comfyd.core.facts import Token, Wish
+from comfyd.core.facts import LateSuccess, Token, Wish
 from comfyd.core.model import Row
 
 
@@ -81,9 +81,9 @@ class Fence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summon:
-    """Read the rows that *wishes* are about from the journal. Answer: Summoned."""
+    """Read the rows of the jobs that *purposes* are about. Answer: Summoned."""
 
-    wishes: tuple[Wish, ...]
+    purposes: tuple[Wish | LateSuccess, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

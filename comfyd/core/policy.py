@@ -20,6 +20,11 @@ class Policy:
       to it all the same (and then polled): a reconnect usually takes less.
     retry_first_s, retry_max_s: Exponential waits where a local or server failure is simply retried.
     max_crashes: Daemon crashes in a row with the same job at hand before it is held.
+    run_timeout_s, stall_timeout_s: For jobs that set none themselves; ``jobs``.
+    wedge_after_s: Prompts wait on a server and none runs, for so long: its worker is dead.
+    sick_after: Failures in a row, of so many different jobs, that may be a server's fault.
+    recall_after_s: A prompt that waits on a server for so long, with another server idle, is
+      fetched back.
 
     """
 
@@ -37,6 +42,11 @@ class Policy:
     retry_first_s: float = 0.5
     retry_max_s: float = 30.0
     max_crashes: int = 3
+    run_timeout_s: float = 7200.0
+    stall_timeout_s: float = 900.0
+    wedge_after_s: float = 30.0
+    sick_after: int = 5
+    recall_after_s: float = 10.0
 
 
 def linear_s(tries: int, step_s: float, *, u: float) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from comfyd.core.model import ServerName
+from comfyd.core.model import JobId, ServerName
+from comfyd.core.policy import Policy, window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,11 @@ class Server:
       run_average_s: Moving average of run times since the last (re)connect.
       listen_by_s: Until then a missing connection is given time to come (back) before prompts are
         sent that nobody would hear of.
-      death_charged: Somebody was charged for its last loss of memory; until it accepts again.
+      draining: A person asked to send nothing more.
+      strikes: Jobs in a row that failed here in ways that may be the server's fault.
+      idle_since_s: Since when prompts wait there and none runs; None while that is not so.
+      wedged: That lasted too long: its worker is dead, until it is seen at work or restarts.
+      unfit_since_s: Since when it could not be used, for whatever reason; None while it can.
 
     """
 
@@ -39,7 +44,11 @@ class Server:
     closed_until_s: float = 0.0
     run_average_s: float | None = None
     listen_by_s: float = 0.0
-    death_charged: bool = False
+    draining: bool = False
+    strikes: tuple[JobId, ...] = ()
+    idle_since_s: float | None = None
+    wedged: bool = False
+    unfit_since_s: float | None = None
 
     @property
     def opens_s(self) -> float:
@@ -50,3 +59,34 @@ class Server:
     @property
     def hearing(self) -> bool:
         return self.client_id is not None and not self.stalled
+
+    def struck(self, job: JobId) -> Server:
+        """*job* failed here, and it may be the server's fault."""
+        return self if job in self.strikes else replace(self, strikes=(*self.strikes, job))
+
+    def cleared_of(self, job: JobId) -> Server:
+        """*job* fails elsewhere too: that was no fault of this server."""
+        return replace(self, strikes=tuple(other for other in self.strikes if other != job))
+
+    def at_work(self) -> Server:
+        """A prompt was seen to run here."""
+        return replace(self, idle_since_s=None, wedged=False)
+
+    def looked_at(self, running: int, pending: int, policy: Policy, *, now_s: float) -> Server:
+        """Its queue was read: prompts that wait while none runs are a bad sign if it lasts."""
+        if running:
+            return self.at_work()
+        if not pending:
+            return replace(self, idle_since_s=None)
+        since_s = now_s if self.idle_since_s is None else self.idle_since_s
+        wedged = self.wedged or now_s - since_s >= policy.wedge_after_s
+        return replace(self, idle_since_s=since_s, wedged=wedged)
+
+    def renewed(self) -> Server:
+        """It was restarted, or a person says that it is well: nothing is held against it."""
+        return replace(self.at_work(), strikes=())
+
+    def room(self, policy: Policy) -> int:
+        """How many prompts of ours it may hold; few while it is under suspicion."""
+        places = window(self.window, self.run_average_s)
+        return min(places, 2) if self.strikes else places

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from comfyd.core import submitted
 from comfyd.core.facts import (
     CancelAsked,
     Fetched,
     Hint,
+    LateSuccess,
     Presence,
     Probed,
     Sign,
@@ -26,11 +28,15 @@ from comfyd.core.model import (
 )
 from comfyd.core.moves import (
     collect_as,
+    dropped,
+    final_why,
     is_abandoned,
+    is_recalled,
     issue,
     move,
     noted,
     plan,
+    stop_as,
     with_live,
     with_row,
 )
@@ -38,11 +44,14 @@ from comfyd.core.submitted import (
     absent,
     after,
     audit_note,
+    begun,
     certain,
     given_up,
     heard,
+    next_audit_s,
     patience_s,
     recorded,
+    settled,
     unreadable,
     unsure,
 )
@@ -55,7 +64,11 @@ def stop(job: Job, fact: CancelAsked, ctx: Context) -> Step:
         case State.SUBMITTING:  # the POST is out: stop it as soon as its answer is known
             return Step(with_row(job, why=why))
         case State.SUBMITTED:
-            return move(job, State.STOPPING, ctx, why=why)
+            return stop_as(job, why, ctx)
+        case State.STOPPING:  # for good now, not only to be made again
+            if final_why(job.row) is not None:
+                return Step(job, urgent=False)
+            return issue(with_row(job, why=why), Ask.STOP)
         case _:
             return collect_as(job, why, ctx)
 
@@ -74,12 +87,16 @@ def stopped(job: Job, fact: Probed, ctx: Context) -> Step:
             since_s = job.live.absent_s
             assert since_s is not None
             if now_s - since_s >= policy.lost_grace_s:
-                return after(audit, collect_as(job, why, ctx))
+                return after(audit, settled(job, ctx))
             until_s = since_s + policy.lost_grace_s
             return Step(plan(job, Ask.STOP, until_s), notes=(audit,), urgent=False)
         case Presence.PENDING | Presence.RUNNING:
             job = certain(job)
-            if now_s - job.live.since_s < policy.stop_grace_s:
+            running = fact.presence is Presence.RUNNING
+            late = now_s - job.live.since_s >= policy.stop_grace_s
+            if is_recalled(job.row) and (running or late):
+                return after(audit, let_go_on(job, ctx, running=running))
+            if not late:
                 until_s = now_s + policy.stop_retry_s
                 return Step(plan(job, Ask.STOP, until_s), notes=(audit,), urgent=False)
         case Presence.UNREADABLE:
@@ -89,8 +106,15 @@ def stopped(job: Job, fact: Probed, ctx: Context) -> Step:
             if not is_abandoned(job, ctx):
                 until_s = now_s + patience_s(job, ctx)
                 return Step(plan(job, Ask.STOP, until_s), notes=(audit,), urgent=False)
-    lost = noted(job, "lost", cause="abandoned", charged=False)
-    return after(audit, collect_as(job, why, ctx, lost, abandoned=given_up(job.row)))
+    lost = noted(job, "lost", cause="abandoned", charged=0)
+    return after(audit, settled(job, ctx, lost, abandoned=given_up(job.row)))
+
+
+def let_go_on(job: Job, ctx: Context, *, running: bool) -> Step:
+    """It was to be fetched back, and runs by now: nothing was lost."""
+    done = move(job, State.SUBMITTED, ctx, why=None)
+    job = begun(done.job, ctx) if running else done.job
+    return replace(done, job=plan(job, Ask.PROBE, next_audit_s(job, ctx)))
 
 
 def fetched(job: Job, fact: Fetched, ctx: Context) -> Step:
@@ -103,6 +127,10 @@ def fetched(job: Job, fact: Fetched, ctx: Context) -> Step:
 def hinted(job: Job, fact: Hint, ctx: Context) -> Step:
     """A message about a prompt that is being stopped: look again."""
     job = heard(job, fact, ctx)
+    if is_recalled(job.row):
+        return (
+            let_go_on(job, ctx, running=True) if fact.sign is Sign.ALIVE else issue(job, Ask.STOP)
+        )
     if fact.sign is Sign.ALIVE:
         return Step(job, urgent=False)
     return replace(issue(job, Ask.STOP), urgent=False)
@@ -110,4 +138,11 @@ def hinted(job: Job, fact: Hint, ctx: Context) -> Step:
 
 def orphaned(job: Job, fact: Orphaned, ctx: Context) -> Step:
     """Nobody hears it any more; it is being looked at anyway."""
-    return Step(with_live(job, orphan=fact.cause), urgent=False)
+    return Step(with_live(job, orphan=fact.cause, alone=fact.alone), urgent=False)
+
+
+def late_success(job: Job, fact: LateSuccess, ctx: Context) -> Step:
+    """An attempt that was given up succeeded: taken, unless the job is wanted gone."""
+    if final_why(job.row) is not None:
+        return Step(job, notes=(dropped(job, "no_effect"),), urgent=False)
+    return submitted.late_success(job, fact, ctx)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 
-from comfyd.core import completion
+from comfyd.core import completion, verdicts
 from comfyd.core.facts import (
     CheckAsked,
     Fetched,
     FetchResult,
     Hint,
+    LateSuccess,
     Presence,
     Probed,
     Sign,
@@ -22,11 +24,16 @@ from comfyd.core.job import (
     Context,
     Doubted,
     Due,
+    GivenUp,
     Job,
     Orphaned,
+    Recalled,
     Step,
+    deadline,
 )
 from comfyd.core.model import (
+    End,
+    Outcome,
     Reason,
     Record,
     Row,
@@ -34,15 +41,19 @@ from comfyd.core.model import (
     State,
 )
 from comfyd.core.moves import (
+    ON_ENTRY,
     charge_to,
     collect_as,
     dropped,
     failure,
+    final_why,
     is_abandoned,
     issue,
     noted,
     plan,
     requeue,
+    stop_as,
+    try_elsewhere,
     with_live,
     with_row,
 )
@@ -50,13 +61,15 @@ from comfyd.core.notes import Note
 from comfyd.core.policy import exponential_s, linear_s
 
 
-def first_seen(job: Job, ctx: Context) -> float:
-    started: float | None = job.row.started_at
-    return ctx.now_s if started is None else started
+def begun(job: Job, ctx: Context) -> Job:
+    """It runs, or ran: since now, if that was not known; it has met its queue deadline."""
+    if job.row.started_at is not None:
+        return job
+    return with_row(job, started_at=ctx.now_s, queue_by=None)
 
 
 def heard(job: Job, fact: Hint, ctx: Context) -> Job:
-    job = with_live(with_row(job, started_at=first_seen(job, ctx)), heard_s=ctx.now_s)
+    job = with_live(begun(job, ctx), heard_s=ctx.now_s, stalling=False)
     if fact.sign is Sign.ENDED and not job.live.ended:
         job = with_live(job, ended=True, signal_s=ctx.now_s)
     return job
@@ -107,7 +120,10 @@ def probed(job: Job, fact: Probed, ctx: Context) -> Step:
         case Presence.PENDING | Presence.RUNNING:
             job = certain(job)
             if fact.presence is Presence.RUNNING:
-                job = with_row(job, started_at=first_seen(job, ctx))
+                if job.live.stalling:
+                    return after(audit, stalled(job, ctx))
+                job = begun(job, ctx)
+            job = with_live(job, stalling=False)
             job = plan(job, Ask.PROBE, next_audit_s(job, ctx))
             return Step(job, notes=(audit,), urgent=False)
         case Presence.ABSENT | Presence.REFUSED:
@@ -173,31 +189,56 @@ def next_audit_s(job: Job, ctx: Context) -> float:
 
 def recorded(job: Job, record: Record, ctx: Context) -> Step:
     """The history record is here: the attempt is over, and its verdict is ours."""
-    if completion.is_foreign(job.row, record):
+    if completion.is_foreign(job.row.job, job.row.attempt, record):
         return unreadable(job, "the record carries another job's mark", ctx)
     source, missed = _source(job)
-    row = job.row
-    if row.state is State.STOPPING or row.why is not None:
-        assert row.why is not None
-        outcome = completion.judge_stopped(row, record, row.why)
+    row, why = job.row, job.row.why
+    ended = noted(job, "ended", source=source.value, missed=missed, end=record.end.value)
+    if final_why(row) is not None:
+        assert why is not None
+        outcome = completion.judge_stopped(row, record, why)
+    elif why is not None and why.reason is not None and record.end is End.INTERRUPTED:
+        return after(ended, settled(job, ctx))  # by us: it is to be made again
     else:
         outcome = completion.judge(row, record)
-    warnings = row.warnings + record.warnings
-    if outcome.state is State.DONE:
-        warnings += completion.success_warnings(record)
-    ended = noted(job, "ended", source=source.value, missed=missed, end=record.end.value)
-    submitted_at = ctx.now_s if row.submitted_at is None else row.submitted_at
+    notes = (ended, *blamed(job, outcome, record, ctx))
+    if why is None and ctx.elsewhere and verdicts.asks_elsewhere(row, outcome):
+        return try_elsewhere(job, outcome, ctx, *notes)
     return collect_as(
         job,
-        outcome,
+        verdicts.final(row, outcome),
         ctx,
-        ended,
-        record=msgspec.structs.replace(record, warnings=()),
-        completion=source,
-        warnings=tuple(dict.fromkeys(warnings)),
-        submitted_at=submitted_at,
-        ended_at=ctx.now_s,
+        *notes,
+        **collected_of(row, outcome, record, source, ctx),
     )
+
+
+def collected_of(
+    row: Row, outcome: Outcome, record: Record, source: Source, ctx: Context
+) -> dict[str, Any]:
+    """What a row keeps of its prompt's record."""
+    warnings = row.warnings + record.warnings
+    if outcome.state is State.DONE:
+        warnings += completion.success_warnings(record) + verdicts.warnings(row)
+    return {
+        "why": final_why(row),
+        "record": msgspec.structs.replace(record, warnings=()),
+        "completion": source,
+        "warnings": tuple(dict.fromkeys(warnings)),
+        "submitted_at": ctx.now_s if row.submitted_at is None else row.submitted_at,
+        "ended_at": ctx.now_s,
+    }
+
+
+def blamed(job: Job, outcome: Outcome, record: Record, ctx: Context) -> tuple[Note, ...]:
+    """Whose fault a failure is, as far as can be told: the server's, the job's, or unknown."""
+    if outcome.reason is not Reason.EXECUTION_ERROR:
+        return ()
+    if verdicts.raised_before(job.row):
+        return (noted(job, "blamed", story=False, blame="job"),)
+    if ctx.elsewhere or verdicts.blames_the_card(record.failure):
+        return (noted(job, "blamed", story=False, blame="server"),)
+    return ()
 
 
 def _source(job: Job) -> tuple[Source, str | None]:
@@ -222,7 +263,8 @@ def unreadable(job: Job, reason: str, ctx: Context) -> Step:
         message = (
             f"Server {job.row.server} has a record of this prompt that cannot be read: {reason}."
         )
-        return collect_as(job, job.row.why or failure(Reason.SERVER_PROTOCOL, message), ctx)
+        outcome = final_why(job.row) or failure(Reason.SERVER_PROTOCOL, message)
+        return collect_as(job, outcome, ctx, why=final_why(job.row))
     job = with_live(
         job, unreadable_s=ctx.now_s if since_s is None else since_s, tries=job.live.tries + 1
     )
@@ -232,29 +274,33 @@ def unreadable(job: Job, reason: str, ctx: Context) -> Step:
 
 
 def lose(job: Job, ctx: Context) -> Step:
-    """Proven absent. Charged is what ran when its server died, or vanished again and again."""
+    """Proven absent. Charged is what brought its server down, or vanished again and again.
+
+    A server that dies with several prompts does not say which of them it was. None is charged, but
+    from now on each is sent alone: then the next death is proof, of the one before as well.
+    """
     row = job.row
     died = job.live.refused or bool(job.live.orphan) or job.live.recovered
-    cause = "restart" if died else "absent"
-    dropped = row.dropped
+    dropped, deaths, charged = row.dropped, row.deaths, row.charged
     if row.started_at is None and row.state is State.SUBMITTING:
-        charge = False
+        pass  # it was never known to be there
     elif died:
-        charge = row.started_at is not None or ctx.culprit
+        deaths += 1
+        if row.deaths or job.live.alone:
+            charged = min(max(charged + 1, deaths), row.max_attempts)
     else:
-        charge = row.dropped > 0
+        charged += row.dropped > 0
         dropped += 1
-    lost = noted(job, "lost", cause=cause, charged=charge)
-    charged = row.charged + charge
+    cause = "restart" if died else "absent"
+    lost = noted(job, "lost", cause=cause, charged=charged - row.charged)
+    changes = {"dropped": dropped, "deaths": deaths}
     if charged >= row.max_attempts and row.why is None:
         message = (
             f"The server lost this prompt {charged} times (last: {row.server});"
             " its workflow may be what brings the server down."
         )
-        return collect_as(
-            job, failure(Reason.LOST, message), ctx, lost, charged=charged, dropped=dropped
-        )
-    return requeue(job, ctx, lost, dropped=dropped, **charge_to(job, charged, ctx))
+        return collect_as(job, failure(Reason.LOST, message), ctx, lost, charged=charged, **changes)
+    return requeue(job, ctx, lost, **changes, **charge_to(job, charged, ctx))
 
 
 def given_up(row: Row) -> tuple[tuple[str, str, str], ...]:
@@ -266,13 +312,13 @@ def given_up(row: Row) -> tuple[tuple[str, str, str], ...]:
 
 def abandon(job: Job, ctx: Context) -> Step:
     """Unreachable for too long: written down, so that it can be fenced when the server is back."""
-    lost = noted(job, "lost", cause="abandoned", charged=False)
+    lost = noted(job, "lost", cause="abandoned", charged=0)
     return requeue(job, ctx, lost, abandoned=given_up(job.row))
 
 
 def orphaned(job: Job, fact: Orphaned, ctx: Context) -> Step:
     """Nobody hears it any more: look at once, then every orphan_interval."""
-    job = with_live(job, orphan=fact.cause)
+    job = with_live(job, orphan=fact.cause, alone=fact.alone, stalling=False)
     if job.row.state is State.SUBMITTING:
         return Step(job, urgent=False)
     return replace(issue(job, Ask.PROBE), urgent=False)
@@ -285,8 +331,87 @@ def doubted(job: Job, fact: Doubted, ctx: Context) -> Step:
     return replace(issue(job, Ask.PROBE), urgent=False)
 
 
-def look(job: Job, fact: Due | CheckAsked, ctx: Context) -> Step:
-    """A deadline, or a person, says look: give the planned order."""
+def due(job: Job, fact: Due, ctx: Context) -> Step:
+    """Its deadline, or its next look, has come."""
+    ends = deadline(job, ctx.policy)
+    if ends is None or ctx.now_s < ends[0]:
+        return look(job, fact, ctx)
+    match ends[1]:
+        case Reason.STALLED:
+            # What it said may still lie unread here, after a pause of the whole machine.
+            return replace(issue(with_live(job, stalling=True), Ask.PROBE), urgent=False)
+        case Reason.QUEUE_TIMEOUT:
+            return stop_as(job, waited_too_long(job.row), ctx)
+        case _:
+            run_s = ctx.policy.run_timeout_s
+            own_s = job.row.timeouts.run_s
+            message = (
+                f"It ran on {job.row.server} for longer than its run timeout allows"
+                f" ({run_s if own_s is None else own_s:g} s)."
+            )
+            return stop_as(job, failure(Reason.RUN_TIMEOUT, message), ctx)
+
+
+def waited_too_long(row: Row) -> Outcome:
+    message = f"It did not start within its queue timeout ({row.queue_s or 0:g} s)."
+    return failure(Reason.QUEUE_TIMEOUT, message)
+
+
+def stalled(job: Job, ctx: Context) -> Step:
+    """It runs and is silent past its stall deadline: end it there, and make it again."""
+    silent_s = ctx.now_s - max(job.live.heard_s, job.row.started_at or 0.0)
+    message = f"It ran on {job.row.server} without any sign of progress for {silent_s:.0f} s."
+    why = Outcome(state=State.QUEUED, reason=Reason.STALLED, message=message)
+    return stop_as(job, why, ctx)
+
+
+def settled(job: Job, ctx: Context, *notes: Note, **changes: Any) -> Step:
+    """The prompt is over, as it was to be: what follows from why it was stopped."""
+    row, why = job.row, job.row.why
+    assert why is not None
+    if why.state is not State.QUEUED:
+        return collect_as(job, why, ctx, *notes, **changes)
+    retry = noted(job, "retry", operation="attempt", reason="recalled")
+    if why.reason is None:
+        return requeue(job, ctx, *notes, retry, **changes)
+    charged = row.charged + 1
+    charge = noted(job, "charged", charged=1, reason=why.reason.value)
+    if charged >= row.max_attempts:
+        outcome = failure(why.reason, why.message)
+        return collect_as(job, outcome, ctx, *notes, charge, charged=charged, why=None, **changes)
+    retry = noted(job, "retry", operation="attempt", reason=why.reason.value)
+    return requeue(job, ctx, *notes, charge, retry, **changes, **charge_to(job, charged, ctx))
+
+
+def recalled(job: Job, fact: Recalled, ctx: Context) -> Step:
+    """Fetch it back from the server's queue, unless it runs by now."""
+    return stop_as(job, Outcome(state=State.QUEUED, message="It waited there."), ctx)
+
+
+def given_up_on(job: Job, fact: GivenUp, ctx: Context) -> Step:
+    """Its server is gone, a person says: the next look that is not certain is the last one."""
+    job = with_live(job, unsure_s=-math.inf)
+    ask = ON_ENTRY.get(job.row.state, Ask.PROBE)
+    return replace(issue(job, Ask.PROBE if ask is Ask.SUBMIT else ask), urgent=False)
+
+
+def late_success(job: Job, fact: LateSuccess, ctx: Context) -> Step:
+    """An attempt that was given up succeeded: it is the result, and the present one is given up."""
+    row, fence = job.row, fact.fence
+    abandoned = row.abandoned if row.prompt_id is None else given_up(row)
+    attempt = completion.attempt_of(row, fence.prompt_id)
+    if attempt is None or completion.is_foreign(row.job, attempt, fact.record):
+        return Step(job, notes=(dropped(job, "no_effect"),), urgent=False)
+    outcome = completion.judge(row, fact.record)
+    job = with_row(job, server=fence.server, origin=fence.origin, prompt_id=fence.prompt_id)
+    source = Source.RECONNECT
+    ended = noted(job, "ended", source=source.value, missed="disconnected", end="success")
+    kept = collected_of(job.row, outcome, fact.record, source, ctx)
+    return collect_as(job, outcome, ctx, ended, abandoned=abandoned, started_at=None, **kept)
+
+
+def look(job: Job, fact: Due | CheckAsked | Doubted, ctx: Context) -> Step:
+    """A planned look, or a person, says look: give the planned order."""
     if isinstance(fact, Due) and ctx.now_s < job.live.look_s:
         return Step(job, urgent=False)  # the plan has changed since
     ask = job.live.look if job.live.look_s < math.inf else Ask.PROBE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from comfyd.core import submitted
+from comfyd.core import submitted, verdicts
 from comfyd.core.facts import (
     Accepted,
     Hint,
@@ -19,7 +19,9 @@ from comfyd.core.job import (
     Ask,
     Assigned,
     Context,
+    Expired,
     Job,
+    NoServerLeft,
     Step,
 )
 from comfyd.core.model import (
@@ -37,13 +39,14 @@ from comfyd.core.moves import (
     plan,
     requeue,
     then,
+    try_elsewhere,
     with_live,
     with_row,
 )
 from comfyd.core.notes import Note
 from comfyd.core.submitted import (
     audit_note,
-    first_seen,
+    begun,
     heard,
     next_audit_s,
 )
@@ -97,10 +100,24 @@ def on_server(job: Job, ctx: Context, *notes: Note) -> Step:
 
 
 def rejected(job: Job, fact: Rejected, ctx: Context) -> Step:
-    """The server refused it for good."""
-    return collect_as(
-        job, job.row.why or failure(Reason.REJECTED, fact.message, **fact.detail), ctx
-    )
+    """The server refused it for good; another one may have what this one lacks."""
+    if job.row.why is not None:
+        return collect_as(job, job.row.why, ctx)
+    verdict = failure(Reason.REJECTED, fact.message, **fact.detail)
+    if ctx.elsewhere:
+        return try_elsewhere(job, verdict, ctx)
+    return collect_as(job, verdicts.final(job.row, verdict), ctx)
+
+
+def no_server_left(job: Job, fact: NoServerLeft, ctx: Context) -> Step:
+    """All that could be asked have said no: the last word stands."""
+    said = job.row.verdicts[-1]
+    return collect_as(job, verdicts.last(job.row), ctx, server=said.server, origin=said.origin)
+
+
+def expired(job: Job, fact: Expired, ctx: Context) -> Step:
+    """It waited in our own queue for too long."""
+    return collect_as(job, submitted.waited_too_long(job.row), ctx)
 
 
 def unsendable(job: Job, fact: Unsendable, ctx: Context) -> Step:
@@ -136,8 +153,6 @@ def probed(job: Job, fact: Probed, ctx: Context) -> Step:
         case Presence.PENDING:
             return on_server(job, ctx, audit_note(job, fact))
         case Presence.RUNNING:
-            return on_server(
-                with_row(job, started_at=first_seen(job, ctx)), ctx, audit_note(job, fact)
-            )
+            return on_server(begun(job, ctx), ctx, audit_note(job, fact))
         case _:
             return submitted.probed(job, fact, ctx)

@@ -9,7 +9,7 @@ import structlog
 import trio
 
 from comfyd.comfyui.client import Client
-from comfyd.core.facts import Fact, Health, QueueSeen
+from comfyd.core.facts import Fact, Health, QueueLooked, QueueSeen
 from comfyd.core.model import ServerName
 from comfyd.core.wire.stats import SystemStats, version_verdict
 from comfyd.errors import ServerError
@@ -19,6 +19,10 @@ _log: Any = structlog.get_logger("comfyd.health")
 
 class HealthProbe:
     """Asks one server how it is, every *interval_s* and whenever it is poked.
+
+    Args:
+      silent_s: For how long its WebSocket has said nothing. One that says nothing and has prompts
+        is asked whether any of them runs.
 
     Attributes:
       stats: Its last answer; None before the first.
@@ -35,6 +39,7 @@ class HealthProbe:
         tell: Callable[[Fact], None],
         on_stats: Callable[[SystemStats], None],
         on_health: Callable[[bool], None],
+        silent_s: Callable[[], float],
     ) -> None:
         self._name = name
         self._client = client
@@ -42,6 +47,7 @@ class HealthProbe:
         self._tell = tell
         self._on_stats = on_stats
         self._on_health = on_health
+        self._silent_s = silent_s
         self._poked = trio.Event()
         self._warned = ""
         self.stats: SystemStats | None = None
@@ -62,6 +68,10 @@ class HealthProbe:
         try:
             stats = await self._client.system_stats()
             remaining = await self._client.remaining()
+            if remaining and self._silent_s() >= self._interval_s:
+                queue = await self._client.queue()
+                running, pending = len(queue.running), len(queue.pending)
+                self._tell(QueueLooked(server=self._name, running=running, pending=pending))
         except ServerError as error:
             if not self.reason or self.reason == "not asked yet":
                 _log.warning("server_down", server=self._name, error=str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -37,6 +38,7 @@ class Link:
         self, server: ServerConfig, config: Config, inbox: Inbox, metrics: Metrics, clock: Clock
     ) -> None:
         self.name = ServerName(server.name)
+        self.origin = server.url
         self.submits = trio.CapacityLimiter(SUBMITS)
         headers = {name: secret.reveal() for name, secret in server.headers.items()}
         self.client = Client(
@@ -57,9 +59,11 @@ class Link:
             tell=inbox.put,
             on_stats=partial(metrics.system, self.name),
             on_health=lambda ok: metrics.health(self.name, ok=ok),
+            silent_s=self._silent_s,
         )
-        self.prober = Prober(self.client, inbox.put)
+        self.prober = Prober(self.name, self.client, inbox.put)
         self._inbox, self._metrics, self._clock = inbox, metrics, clock
+        self._heard_at = -math.inf
         tracker = config.tracker
         self.tracker = Tracker(
             server.url,
@@ -104,7 +108,11 @@ class Link:
         self._metrics.connect(self.name, result)
 
     def on_message(self, label: str) -> None:
-        self._metrics.message(self.name, label, at=self._clock.now_s())
+        self._heard_at = self._clock.now_s()
+        self._metrics.message(self.name, label, at=self._heard_at)
+
+    def _silent_s(self) -> float:
+        return self._clock.now_s() - self._heard_at
 
     def on_hint(self, prompt_id: PromptId, sign: Sign) -> None:
         if not self._inbox.hint(Hint(server=self.name, prompt_id=prompt_id, sign=sign)):

@@ -8,13 +8,14 @@ absent. One GET /queue a round serves all who ask: its body holds every queued g
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 import trio
 
 from comfyd.comfyui.client import Client
-from comfyd.core.facts import Answer, Presence, Probed
-from comfyd.core.orders import Probe, Stop
+from comfyd.core.facts import Answer, Fenced, Presence, Probed, QueueLooked
+from comfyd.core.model import PromptId, Record, ServerName
+from comfyd.core.orders import Fence, Probe, Stop
 from comfyd.core.wire.answers import QueueSnapshot
 from comfyd.errors import ServerError, ServerProtocol, ServerRefused, ServerStatus
 
@@ -23,23 +24,40 @@ from comfyd.errors import ServerError, ServerProtocol, ServerRefused, ServerStat
 _INTERRUPT_S: Final = 0.1
 
 
+Question = Probe | Stop | Fence
+
+
+class Seen(NamedTuple):
+    """What the server said of one prompt."""
+
+    presence: Presence
+    record: Record | None = None
+    reason: str = ""
+
+
 class Prober:
-    """Answers Probe and Stop orders of one server.
+    """Answers Probe, Stop and Fence orders of one server.
 
     Args:
-      answer: Takes each answer, without blocking.
+      answer: Takes each answer, without blocking, and how full the queue was.
 
-    Bounds: at most one order a prompt in flight waits here.
+    Bounds: at most one order a prompt in flight or fenced waits here.
 
     """
 
-    def __init__(self, client: Client, answer: Callable[[Answer], None]) -> None:
+    def __init__(
+        self,
+        name: ServerName,
+        client: Client,
+        answer: Callable[[Answer | Fenced | QueueLooked], None],
+    ) -> None:
+        self._name = name
         self._client = client
         self._answer = answer
-        self._asked: list[Probe | Stop] = []
+        self._asked: list[Question] = []
         self._mail = trio.Event()
 
-    def ask(self, order: Probe | Stop) -> None:
+    def ask(self, order: Question) -> None:
         """Answer *order* with the next round. A round that has begun may have read too early."""
         self._asked.append(order)
         self._mail.set()
@@ -52,47 +70,65 @@ class Prober:
             orders, self._asked = self._asked, []
             await self._round(orders)
 
-    async def _round(self, orders: list[Probe | Stop]) -> None:
-        stops = [order for order in orders if isinstance(order, Stop)]
+    async def _round(self, orders: list[Question]) -> None:
+        stops = [order for order in orders if not isinstance(order, Probe)]
         try:
             for stop in stops:
                 await self._client.delete(_prompt(stop))
-            seen = await self._client.queue()
+            seen = await self._queue()
             running = {item.prompt_id for item in seen.running}
-            interrupted = [stop for stop in stops if _prompt(stop) in running]
+            interrupted = [
+                stop
+                for stop in stops
+                if _prompt(stop) in running and (isinstance(stop, Fence) or stop.interrupt)
+            ]
             for stop in interrupted:
                 await self._client.interrupt(_prompt(stop))
             if interrupted:
                 await trio.sleep(_INTERRUPT_S)
-                seen = await self._client.queue()
+                seen = await self._queue()
         except ServerError as error:
             presence = Presence.REFUSED if isinstance(error, ServerRefused) else Presence.UNKNOWN
             for order in orders:
-                self._answer(Probed(token=order.token, presence=presence, reason=str(error)))
+                self._tell(order, Seen(presence, reason=str(error)))
             return
         for order in orders:
-            self._answer(await self._look(order, seen))
+            self._tell(order, await self._look(_prompt(order), seen))
 
-    async def _look(self, order: Probe | Stop, seen: QueueSnapshot) -> Probed:
-        prompt_id, token = _prompt(order), order.token
+    async def _queue(self) -> QueueSnapshot:
+        seen = await self._client.queue()
+        self._answer(
+            QueueLooked(server=self._name, running=len(seen.running), pending=len(seen.pending))
+        )
+        return seen
+
+    async def _look(self, prompt_id: str, seen: QueueSnapshot) -> Seen:
         if any(item.prompt_id == prompt_id for item in seen.running):
-            return Probed(token=token, presence=Presence.RUNNING)
+            return Seen(Presence.RUNNING)
         if any(item.prompt_id == prompt_id for item in seen.pending):
-            return Probed(token=token, presence=Presence.PENDING)
+            return Seen(Presence.PENDING)
         try:
             record = await self._client.history(prompt_id)
         except ServerProtocol as error:
-            return Probed(token=token, presence=Presence.UNREADABLE, reason=str(error))
+            return Seen(Presence.UNREADABLE, reason=str(error))
         except ServerError as error:
             # One bad record makes its own answer a 500 (ComfyUI server.py); others stay readable.
             bad = isinstance(error, ServerStatus) and error.status == 500
-            presence = Presence.UNREADABLE if bad else Presence.UNKNOWN
-            return Probed(token=token, presence=presence, reason=str(error))
+            return Seen(Presence.UNREADABLE if bad else Presence.UNKNOWN, reason=str(error))
         if record is None:
-            return Probed(token=token, presence=Presence.ABSENT)
-        return Probed(token=token, presence=Presence.FINISHED, record=record)
+            return Seen(Presence.ABSENT)
+        return Seen(Presence.FINISHED, record)
+
+    def _tell(self, order: Question, seen: Seen) -> None:
+        told = seen._asdict()
+        if isinstance(order, Fence):
+            self._answer(Fenced(prompt_id=order.fence.prompt_id, **told))
+        else:
+            self._answer(Probed(token=order.token, **told))
 
 
-def _prompt(order: Probe | Stop) -> str:
+def _prompt(order: Question) -> PromptId:
+    if isinstance(order, Fence):
+        return order.fence.prompt_id
     assert order.row.prompt_id is not None
     return order.row.prompt_id

@@ -12,7 +12,7 @@ import trio
 from comfyd.config import Config
 from comfyd.core import orders
 from comfyd.core.facts import Answer, Fetched, FetchResult, NotSent, Presence, Probed
-from comfyd.core.model import JobId, ServerName
+from comfyd.core.model import JobId, Row, ServerName
 from comfyd.errors import ServerError
 from comfyd.metrics import Metrics, reason_of
 from comfyd.services import fetcher, submitter
@@ -69,13 +69,21 @@ class Workshop:
         self._fetches = trio.CapacityLimiter(FETCHES)
         self._collects = trio.CapacityLimiter(COLLECTS)
 
-    def perform(self, order: orders.JobOrder) -> None:
+    def perform(self, order: orders.JobOrder | orders.Fence) -> None:
         """Start on *order*; its answer goes to the inbox."""
-        link = self._links.get(order.row.server) if order.row.server else None
+        if isinstance(order, orders.Fence):  # only given for servers that are configured
+            self._links[order.fence.server].prober.ask(order)
+            return
+        link = self._link(order.row)
         if isinstance(order, orders.Probe | orders.Stop) and link is not None:
             link.prober.ask(order)
         else:
             self._nursery.start_soon(self._carry_out, order, link)
+
+    def _link(self, row: Row) -> Link | None:
+        """The server that *row* is about: a name whose URL changed is another server."""
+        link = self._links.get(row.server) if row.server else None
+        return link if link is not None and link.origin == row.origin else None
 
     async def _carry_out(self, order: orders.JobOrder, link: Link | None) -> None:
         try:

@@ -12,6 +12,7 @@ delivered must be reachable.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,14 +21,27 @@ from typing import Any
 from comfyd.core import engine as engines
 from comfyd.core import facts, orders
 from comfyd.core.facts import FetchResult, Presence, Sign
-from comfyd.core.model import End, JobId, Record, Row, ServerName, Staged, State, prompt_id_of
+from comfyd.core.model import (
+    End,
+    Fence,
+    JobId,
+    PromptId,
+    Record,
+    Row,
+    ServerName,
+    Staged,
+    State,
+    Timeouts,
+    prompt_id_of,
+)
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server
 
 POLICY = Policy(
     completion_attempts=2, completion_backoff_s=1, audit_interval_s=3, stale_after_s=3,
     orphan_interval_s=1, lost_grace_s=2, abandon_after_s=4, ending_grace_s=1, listen_grace_s=1,
-    stop_retry_s=1, stop_grace_s=3, retry_first_s=1, retry_max_s=2,
+    stop_retry_s=1, stop_grace_s=3, retry_first_s=1, retry_max_s=2, wedge_after_s=2,
+    recall_after_s=2, sick_after=1, run_timeout_s=math.inf, stall_timeout_s=math.inf,
 )  # fmt: skip
 # What happens in our own folders touches nothing else: no need to interleave it with more than a
 # crash and a consumer.
@@ -46,6 +60,8 @@ class Sim:
     history: tuple[tuple[str, End], ...] = ()
     client: str | None = None
     deaf: bool = False
+    hung: bool = False  # it answers nothing and runs nothing, and remembers all of it
+    dead: bool = False  # its worker is: it takes prompts and runs none
 
     def presence(self, pid: str) -> Presence:
         if self.running is not None and self.running[0] == pid:
@@ -53,12 +69,42 @@ class Sim:
         return Presence.PENDING if pid in dict(self.pending) else Presence.ABSENT
 
 
+@dataclass(frozen=True)
+class Scene:
+    """How a world begins.
+
+    Attributes:
+      window: Prompts of ours that each server may hold.
+      down: Servers that come up later.
+      busy: Servers where somebody else's prompt runs; for ever, if it is *endless*.
+      queue_s, run_s, stall_s: The jobs' deadlines, if they have any.
+
+    """
+
+    window: int = 1
+    down: str = ""
+    busy: str = ""
+    endless: bool = False
+    queue_s: float | None = None
+    run_s: float | None = None
+    stall_s: float | None = None
+
+
+PLAIN = Scene()
+
+
 class World:
-    def __init__(self, jobs: str, servers: str, budget: dict[str, int], faults: int) -> None:
+    def __init__(
+        self, jobs: str, servers: str, budget: dict[str, int], faults: int, scene: Scene
+    ) -> None:
         self.names, self.budget, self.faults, self.now_s = tuple(jobs), budget, faults, 100.0
-        self.sims = {name: Sim() for name in servers}
+        self.scene = scene
+        foreign = {name: ("foreign", "x") for name in scene.busy}
+        self.sims = {n: Sim(hung=n in scene.down, running=foreign.get(n)) for n in servers}
         self.engine: engines.Engine | None = None
         self.store: dict[str, Row] = {}
+        self.fences: dict[str, Fence] = {}
+        self.settings: dict[str, Any] = {}
         self.work: tuple[Item, ...] = ()
         self.wire: tuple[facts.Hint, ...] = ()
         self.echo: tuple[facts.Answer, ...] = ()  # may come a second time
@@ -68,7 +114,7 @@ class World:
 
     def fork(self) -> World:
         new = copy.copy(self)
-        for name in ("sims", "budget", "store", "delivered", "runs"):
+        for name in ("sims", "budget", "store", "fences", "settings", "delivered", "runs"):
             setattr(new, name, copy.copy(getattr(self, name)))
         new.engine = self.engine and self.engine.fork()
         return new
@@ -76,19 +122,34 @@ class World:
     # --- the daemon ------------------------------------------------------------------------------
 
     def start(self) -> None:
-        servers = [Server(name=ServerName(n), origin=n, window=1) for n in self.sims]
+        window = self.scene.window
+        servers = [Server(name=ServerName(n), origin=n, window=window) for n in self.sims]
         self.engine = engines.Engine(servers, POLICY, Counter(r.state for r in self.store.values()))
         idle = {State.QUEUED, State.HELD}
         rows = [r for r in self.store.values() if r.state not in idle and not r.retired]
-        self.engine.load(rows, crashed=True, now_s=self.now_s, u=0)
-        for name in self.sims:
-            self.engine.handle(facts.Health(server=ServerName(name), ok=True), now_s=0, u=0)
-            self.connect(name)
+        fences = tuple(self.fences.values())
+        self.engine.load(
+            rows, crashed=True, now_s=self.now_s, u=0, fences=fences, settings=self.settings
+        )
+        for name, sim in self.sims.items():
+            self.engine.handle(
+                facts.Health(server=ServerName(name), ok=not sim.hung), now_s=self.now_s, u=0
+            )
+            if not sim.hung:
+                self.connect(name)
+        self.tell(facts.Tick())
 
     def connect(self, name: str) -> None:
         client = f"{name}{self.faults}"
         self.sims[name] = replace(self.sims[name], client=client, deaf=False)
         self.tell(facts.Connected(server=ServerName(name), client_id=client))
+        self.count(name)
+
+    def count(self, name: str) -> None:
+        sim = self.sims[name]
+        remaining = len(sim.pending) + (sim.running is not None)
+        if remaining > 1:  # what an empty queue suggests is found by other ways too
+            self.tell(facts.QueueSeen(server=ServerName(name), remaining=remaining))
 
     def tell(self, fact: facts.Fact) -> None:
         """What the dispatcher does: handle, commit, then release."""
@@ -99,17 +160,37 @@ class World:
             old = self.store.get(change.row.job)
             assert (old.version if old else None) == change.expected, "compare-and-set"
             self.store[change.row.job] = change.row
-        given = [order for order in batch.orders if not isinstance(order, orders.Refill)]
+        self.fences |= {fence.prompt_id: fence for fence in batch.raised}
+        for prompt_id in batch.lifted:
+            del self.fences[prompt_id]
+        self.settings |= dict(batch.settings)
+        given = [order for order in batch.orders if not isinstance(order, orders.Read)]
         self.work += tuple(("do", order, None) for order in given)
-        if len(given) < len(batch.orders):
-            queued = [r for r in self.store.values() if r.state is State.QUEUED]
-            later = [r.not_before for r in queued if r.not_before > self.now_s]
-            due = sorted((r for r in queued if r.not_before <= self.now_s), key=lambda r: r.seq)
-            self.tell(facts.Candidates(rows=tuple(due), next_due_s=min(later, default=None)))
+        for order in batch.orders:
+            if isinstance(order, orders.Read):
+                self.tell(self.read(order))
 
-    def answer(self, fact: facts.Answer) -> None:
+    def read(self, order: orders.Read) -> facts.Fact:
+        queued = [r for r in self.store.values() if r.state is State.QUEUED]
+        match order:
+            case orders.Refill():
+                later = [r.not_before for r in queued if r.not_before > self.now_s]
+                due = sorted((r for r in queued if r.not_before <= self.now_s), key=lambda r: r.seq)
+                return facts.Candidates(rows=tuple(due), next_due_s=min(later, default=None))
+            case orders.Expire():
+                by = {r.job: r.queue_by for r in queued if r.queue_by is not None}
+                late = tuple(r for r in queued if by.get(r.job, math.inf) <= self.now_s)
+                after = [at for at in by.values() if at > self.now_s]
+                return facts.Overdue(rows=late, next_s=min(after, default=None))
+            case orders.Summon():
+                wanted = {purpose.job for purpose in order.purposes}
+                rows = tuple(self.store[job] for job in wanted if job in self.store)
+                return facts.Summoned(rows=rows, purposes=order.purposes)
+
+    def answer(self, fact: facts.Answer | facts.Fenced) -> None:
         self.tell(fact)
-        self.echo = (fact,) if self.budget.get("echo") and self.faults else ()
+        repeats = self.budget.get("echo") and self.faults and not isinstance(fact, facts.Fenced)
+        self.echo = (fact,) if repeats else ()
 
     def crash(self) -> None:
         posts = [o.row for at, o, _ in self.work if at == "do" and isinstance(o, orders.Submit)]
@@ -147,6 +228,20 @@ class World:
         self.emit(name, prompt, Sign.ENDED)
         self.put(name, running=None, history=(*self.sims[name].history, (prompt[0], end)))
 
+    def hang(self, name: str) -> None:
+        self.put(name, hung=True, client=None)
+        self.wire = tuple(hint for hint in self.wire if hint.server != name)
+        self.tell(facts.Disconnected(server=ServerName(name), cause="ping_timeout"))
+        self.tell(facts.Health(server=ServerName(name), ok=False))
+
+    def wake(self, name: str) -> None:
+        self.put(name, hung=False)
+        until_s = self.now_s + GHOST_S
+        self.ghosts = tuple((r, until_s if r.server == name else s) for r, s in self.ghosts)
+        if self.engine is not None:
+            self.tell(facts.Health(server=ServerName(name), ok=True))
+            self.connect(name)
+
     def restart(self, name: str) -> None:
         self.sims[name] = Sim()
         self.wire = tuple(hint for hint in self.wire if hint.server != name)
@@ -161,13 +256,15 @@ class World:
         for older in (prompt_id_of(row.job, n) for n in range(1, row.attempt)):
             gone = all(s.presence(older) is Presence.ABSENT for s in self.sims.values())
             assert gone or any(older in up for up in now.abandoned), "an older attempt is alive"
+        fenced = [fence for fence in self.fences.values() if fence.server == row.server]
+        assert not fenced, "POST to a server with an attempt that may still run"
         self.enqueue(row)
 
-    def seen(self, row: Row, *, stop: bool) -> Presence:
+    def seen(self, row: Row | Fence, *, stop: bool = False, interrupt: bool = True) -> Presence:
         name, pid = str(row.server), str(row.prompt_id)
         if stop:
             self.put(name, pending=tuple(p for p in self.sims[name].pending if p[0] != pid))
-            if self.sims[name].presence(pid) is Presence.RUNNING:
+            if self.sims[name].presence(pid) is Presence.RUNNING and interrupt:
                 self.end(name, End.INTERRUPTED)
         return self.sims[name].presence(pid)
 
@@ -194,18 +291,30 @@ class World:
             local = [item for item in self.work if isinstance(item[1], LOCAL)][:1]
             for item in local or self.work:
                 rest = tuple(other for other in self.work if other is not item)
-                for label, act, cost in carry_out(*item):
-                    label = f"{label} {item[1].row.job}"
+                about = item[1].fence if isinstance(item[1], orders.Fence) else item[1].row
+                hung = about.server is not None and self.sims[about.server].hung
+                for label, act, cost in (into_the_void if hung else carry_out)(*item):
+                    label = f"{label} {about.job}"
                     yield label, lambda w: (setattr(w, "work", rest), act(w)), cost
             if local:
                 return
             for seq, name in enumerate(self.names):
-                row = Row(job=JobId(name), seq=seq, max_attempts=2, claimed_at=1.0)
+                scene, late_s = self.scene, self.scene.queue_s
+                row = Row(
+                    job=JobId(name), seq=seq, max_attempts=2, claimed_at=1.0, queue_s=late_s,
+                    queue_by=None if late_s is None else self.now_s + late_s,
+                    timeouts=Timeouts(run_s=scene.run_s, stall_s=scene.stall_s),
+                )
                 if name not in self.store and len(self.store) == seq:  # in their order
                     yield f"claim {name}", lambda w: w.tell(facts.Claimed(row=row)), None
                 elif name in self.store:
                     asked = facts.CancelAsked(job=row.job)
                     yield f"cancel {name}", lambda w: w.tell(asked), "cancel"
+                    hold = facts.HoldAsked(job=row.job, reason="asked")
+                    yield f"hold {name}", lambda w: w.tell(hold), "hold"
+                    if self.store[name].state is State.HELD:
+                        release = facts.ReleaseAsked(job=row.job)
+                        yield f"release {name}", lambda w: w.tell(release), None
             for hint in self.wire:
                 unheard = tuple(other for other in self.wire if other is not hint)
                 yield "hear", lambda w: (setattr(w, "wire", unheard), w.tell(hint)), None
@@ -214,10 +323,37 @@ class World:
             deadline_s = self.engine.next_deadline_s()
             if deadline_s < float("inf"):
                 yield "tick", lambda w: w.tick(deadline_s), None
+            if self.engine.space:
+                yield "full", lambda w: w.tell(facts.SpaceSeen(enough=False)), "full"
+            else:
+                yield "space", lambda w: w.tell(facts.SpaceSeen(enough=True)), None
+            for name, sim in self.sims.items():
+                if sim.dead and sim.pending:
+                    looked = facts.QueueLooked(
+                        server=ServerName(name), running=0, pending=len(sim.pending)
+                    )
+                    yield f"look at {name}", lambda w: w.tell(looked), None
+                forget = facts.ForgetAsked(server=ServerName(name))
+                if sim.hung:
+                    yield f"forget {name}", lambda w: w.tell(forget), "forget"
+                else:
+                    yield f"{name} hangs", lambda w: w.hang(name), "hang"
+                    drain = facts.DrainAsked(server=ServerName(name))
+                    yield f"drain {name}", lambda w: w.tell(drain), "drain"
+                if self.engine.servers[ServerName(name)].draining:
+                    resume = facts.ResumeAsked(server=ServerName(name))
+                    yield f"resume {name}", lambda w: w.tell(resume), None
         for name, sim in self.sims.items():
+            if sim.hung:
+                yield f"{name} wakes", lambda w: w.wake(name), None
+                continue
+            if sim.dead:
+                yield f"{name} revives", lambda w: w.restart(name), None
+                continue
+            yield f"{name} dies", lambda w: w.put(name, dead=True), "zombie"
             if sim.running is None and sim.pending:
                 yield f"{name} begins", lambda w: w.begin(name), None
-            if sim.running is not None:
+            if sim.running is not None and not (self.scene.endless and sim.running[1] == "x"):
                 yield f"{name} ends", lambda w: w.end(name, End.SUCCESS), None
                 yield f"{name} fails", lambda w: w.end(name, End.ERROR), "error"
             yield f"{name} restarts", lambda w: w.restart(name), "restart"
@@ -228,6 +364,8 @@ class World:
             if sim.history:
                 yield f"{name} evicts", lambda w: w.put(name, history=()), "evict"
         for i, (row, _) in enumerate(self.ghosts):
+            if self.sims[str(row.server)].hung:
+                continue
             left = self.ghosts[:i] + self.ghosts[i + 1:]
             yield "ghost", lambda w: (setattr(w, "ghosts", left), w.enqueue(row)), None
 
@@ -254,36 +392,81 @@ class World:
             return None if at_s is None else max(at_s - self.now_s, -far_s)
 
         def row(r: Row) -> tuple[object, ...]:
-            return (r.state, r.attempt, r.charged, r.dropped, r.crashes, r.server, r.client_id,
-                    off(r.submitted_at, 3), off(r.not_before), r.started_at is None, r.retired,
-                    len(r.abandoned), r.why and r.why.reason, r.outcome and r.outcome.reason,
-                    r.record and r.record.end)
+            began = r.started_at is None if self.scene.run_s is None else off(r.started_at, 5)
+            return (r.state, r.attempt, r.charged, r.dropped, r.deaths, r.crashes, r.server,
+                    r.client_id, r.prompt_id, off(r.submitted_at, 3), off(r.not_before), began,
+                    r.retired, len(r.abandoned), r.why and (r.why.state, r.why.reason),
+                    r.outcome and r.outcome.reason, r.record and r.record.end, off(r.queue_by),
+                    tuple((v.server, v.outcome.reason) for v in r.verdicts))
 
-        def token(t: facts.Token) -> tuple[object, ...]:
+        def token(o: Any) -> tuple[object, ...]:
+            if isinstance(o, orders.Fence):
+                return (o.fence.prompt_id,)
+            t: facts.Token = o.token
             job = self.engine and self.engine.jobs.get(t.job)
             return (t.job, t.attempt, job and min(job.live.seq - t.seq, 2))
 
         memory = [
             (name, row(job.row), v.order, v.want, v.look, off(v.look_s), v.ended, v.refused,
              off(v.absent_s, 2), off(v.unsure_s, 4), v.orphan, v.recovered, min(v.tries, 3),
-             off(v.since_s, 3) if job.row.state is State.STOPPING else None)
+             off(v.since_s, 3) if job.row.state is State.STOPPING else None, v.alone, v.stalling,
+             None if self.scene.stall_s is None else off(v.heard_s, 5))
             for name, job in sorted(self.engine.jobs.items() if self.engine else ())
             for v in [job.live]]
         servers = [
-            (s.client_id, s.failures, off(s.closed_until_s), off(s.listen_by_s), s.death_charged)
+            (s.client_id, s.failures, off(s.closed_until_s), off(s.listen_by_s), s.up, s.draining,
+             s.wedged, off(s.idle_since_s, 2), off(s.unfit_since_s, 4), s.strikes)
             for s in (self.engine.servers.values() if self.engine else ())]
-        work = sorted((at, type(o).__name__, token(o.token), str(q)) for at, o, q in self.work)
-        return (tuple(memory), tuple(servers), tuple(work), tuple(self.sims.values()), self.faults,
+        watches = [
+            (w.fence.prompt_id, w.asked, off(w.look_s), off(w.absent_s, 2), off(w.alive_s, 1),
+             min(w.tries, 2))
+            for w in (self.engine.fleet.watches.values() if self.engine else ())]
+        work = sorted((at, type(o).__name__, token(o), str(q)) for at, o, q in self.work)
+        return (tuple(memory), tuple(servers), tuple(watches), tuple(work), self.faults,
+                tuple(self.sims.values()), self.engine and self.engine.space, tuple(self.fences),
+                str(self.settings),
                 tuple((name, row(r)) for name, r in sorted(self.store.items())),
                 tuple((g.prompt_id, off(until_s)) for g, until_s in self.ghosts),
                 frozenset((h.prompt_id, h.sign) for h in self.wire), self.claimed, self.stage,
-                tuple((type(a), token(a.token)) for a in self.echo), self.shown(),
+                tuple((type(a), token(a)) for a in self.echo), self.shown(),
                 tuple(sorted(self.delivered.items())))
+
+
+def into_the_void(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str | None]]:
+    """What comes of an order for a server that does not answer."""
+    match order:
+        case orders.Fence():
+            fenced = facts.Fenced(prompt_id=order.fence.prompt_id, presence=Presence.UNKNOWN)
+            yield "no answer", lambda w: w.answer(fenced), None
+        case orders.Submit():
+            sent = order.row if at == "do" else None
+
+            def unheard(w: World) -> None:
+                if sent is not None:  # it may be taken up when the server goes on
+                    w.ghosts += ((sent, math.inf),)
+                w.answer(facts.SubmitUnknown(token=order.token, reason="timeout"))
+
+            yield "unheard", unheard, None
+        case orders.Probe() | orders.Stop():
+            probed = facts.Probed(token=order.token, presence=Presence.UNKNOWN)
+            yield "no answer", lambda w: w.answer(probed), None
+        case orders.Fetch():
+            error = facts.Fetched(token=order.token, result=FetchResult.ERROR)
+            yield "no answer", lambda w: w.answer(error), None
+        case orders.Collect() if at == "do" and order.row.record is not None:
+            failed = facts.CollectFailed(
+                token=order.token, cause=facts.Uncollected.SERVER, message=""
+            )
+            yield "no answer", lambda w: w.answer(failed), None
+        case _:
+            yield from carry_out(at, order, queue)
 
 
 def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str | None]]:
     """How an order goes on: what it does to the world, its answer, or its answer lost."""
-    row, t = order.row, order.token
+    fence = order.fence if isinstance(order, orders.Fence) else None
+    row = order.row if fence is None else fence
+    t = order.token if fence is None else None
 
     def then(act: Act) -> Act:
         return lambda w: setattr(w, "work", (*w.work, ("answer", order, act(w))))
@@ -294,7 +477,13 @@ def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str |
     def looks(w: World) -> None:
         end = dict(w.sims[row.server].history).get(row.prompt_id)
         record = Record(end=end) if end else None
-        if isinstance(order, orders.Fetch):
+        if fence is not None:
+            presence = Presence.FINISHED if end else queue
+            fenced = facts.Fenced(
+                prompt_id=PromptId(row.prompt_id), presence=presence, record=record
+            )
+            w.answer(fenced)
+        elif isinstance(order, orders.Fetch):
             result = FetchResult.FOUND if end else FetchResult.EMPTY
             w.answer(facts.Fetched(token=t, result=result, record=record))
         else:
@@ -306,14 +495,23 @@ def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str |
         case orders.Submit(), "do":
             yield "post", then(lambda w: w.post(row)), None
             yield "refused", says(facts.NotSent(token=t, reason="refused")), "loss"
+            yield "rejected", says(facts.Rejected(token=t, message="no such node")), "reject"
         case orders.Submit(), _:
-            yield "accepted", says(facts.Accepted(token=t)), None
+            accepted = facts.Accepted(token=t)
+            yield "accepted", lambda w: (w.count(row.server), w.answer(accepted)), None
             yield "partial", says(facts.Accepted(token=t, node_errors={"9": {}})), "partial"
             yield "unheard", says(facts.SubmitUnknown(token=t, reason="timeout")), "loss"
-        case ((orders.Probe() | orders.Stop()), "do"):
-            yield "queue", then(lambda w: w.seen(row, stop=isinstance(order, orders.Stop))), None
+        case orders.Fence(), "do":
+            yield "fence", then(lambda w: w.seen(row, stop=True)), None
+            yield "stubborn", then(lambda w: w.seen(row)), "stubborn"
+        case orders.Stop(), "do":
+            yield "stop", then(lambda w: w.seen(row, stop=True, interrupt=order.interrupt)), None
+            yield "stubborn", then(lambda w: w.seen(row)), "stubborn"
             yield "unknown", says(facts.Probed(token=t, presence=Presence.UNKNOWN)), "loss"
-        case ((orders.Probe() | orders.Stop()), _):
+        case orders.Probe(), "do":
+            yield "queue", then(lambda w: w.seen(row)), None
+            yield "unknown", says(facts.Probed(token=t, presence=Presence.UNKNOWN)), "loss"
+        case ((orders.Probe() | orders.Stop() | orders.Fence()), _):
             yield "history", looks, None
         case orders.Fetch(), _:
             yield "fetch", looks, None
@@ -325,10 +523,21 @@ def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str |
                 says(facts.CollectFailed(token=t, cause=facts.Uncollected.MISSING, message="")),
                 "missing",
             )
+            full = facts.CollectFailed(token=t, cause=facts.Uncollected.DISK, message="")
+            yield "no space", says(full), "disk"
         case orders.Collect(), _:
             yield "staged", says(facts.Collected(token=t, staged=Staged(manifest_sha256="x"))), None
         case orders.Publish(), "do":
             yield "rename", then(lambda w: w.rename(row.job)), None
+            yield "no room", says(facts.PublishDelayed(token=t, message="")), "disk"
+            in_the_way = facts.PublishConflict(token=t, message="")
+            # Only what is not published yet can be in conflict: its stage is still there.
+            again = facts.Published(token=t)
+            yield (
+                "conflict",
+                lambda w: w.answer(in_the_way if row.job in w.stage else again),
+                "conflict",
+            )
         case orders.Publish(), _:
             yield "published", says(facts.Published(token=t)), None
         case orders.Retire(), "do":
@@ -338,18 +547,21 @@ def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str |
     # fmt: on
 
 
-def explore(jobs: str, servers: str, faults: dict[str, int], most: int) -> int:
+def explore(
+    jobs: str, servers: str, faults: dict[str, int], most: int, scene: Scene = PLAIN
+) -> int:
     """Visit all that is reachable; fail with the trace to the first state that breaks a rule.
 
     Args:
       jobs, servers: One letter each.
       faults: How often each may happen; *most* of them in all.
+      scene: How it begins.
 
     Returns:
       How many different states were visited.
 
     """
-    first = World(jobs, servers, faults, most)
+    first = World(jobs, servers, faults, most, scene)
     known, came, before = {first.key(): 0}, [(-1, "")], [[-1]]
     goals, todo = [], [(0, first)]
 

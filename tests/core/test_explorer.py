@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 
-from comfyd.core import finishing, lifecycle, moves, submitted
+from comfyd.core import engine, finishing, lifecycle, moves, submitted
+from comfyd.core.fleet import Fleet
 from comfyd.core.facts import Collected, Published, SubmitUnknown
 from comfyd.core.job import Ask, Context, Job, Step
 from comfyd.core.model import State
 from comfyd.core.moves import move
 from tests.core import explorer
-from tests.core.explorer import explore
+from tests.core.explorer import PLAIN, Scene, explore
 
 FAULTS = {
     "crash": 2, "loss": 2, "restart": 1, "deaf": 1, "drop": 1, "evict": 1, "echo": 1, "cancel": 1,
@@ -20,15 +21,32 @@ FAULTS = {
 }  # fmt: skip
 
 
+# One job on one or two servers, each time with what can go wrong in one respect, and a crash.
+WORLDS = {
+    "a server hangs, and may be given up": ("S", {"hang": 1, "forget": 1, "crash": 1}, 2, PLAIN),
+    "one of two hangs": ("ST", {"hang": 1, "cancel": 1}, 2, PLAIN),
+    "servers say no": ("ST", {"reject": 2, "error": 2, "crash": 1}, 2, PLAIN),
+    "one says no, the other is down": ("ST", {"reject": 1, "error": 1}, 1, Scene(down="T")),
+    "a worker dies": ("ST", {"zombie": 1, "crash": 1}, 2, PLAIN),
+    "deadlines": ("S", {"stubborn": 1, "crash": 1}, 2, Scene(queue_s=2, run_s=3, stall_s=2)),
+    "wishes": ("S", {"hold": 1, "cancel": 1, "crash": 1}, 2, Scene(down="S", queue_s=2)),
+    "wishes about servers": ("ST", {"drain": 2, "crash": 1}, 2, PLAIN),
+    "disks": ("S", {"full": 1, "disk": 1, "conflict": 1, "crash": 1}, 2, PLAIN),
+    "fetched back": ("ST", {"crash": 1, "cancel": 1}, 1, Scene(down="T", busy="S")),
+}
+
+
 @pytest.mark.parametrize(
-    ("jobs", "servers", "faults", "most"),
+    ("jobs", "servers", "faults", "most", "scene"),
     [
-        ("a", "ST", FAULTS, 1),  # whatever goes wrong with one job; two things: make explore
-        ("ab", "ST", {"crash": 1}, 1),  # a crash anywhere, with two jobs on two servers
+        ("a", "ST", FAULTS, 1, PLAIN),  # whatever goes wrong; two things: make explore
+        ("ab", "ST", {"crash": 1}, 1, PLAIN),  # a crash anywhere, with two jobs on two servers
+        *(("a", *world) for world in WORLDS.values()),
     ],
+    ids=["anything", "two jobs", *WORLDS],
 )
-def test_nothing_is_lost_doubled_or_stuck(jobs, servers, faults, most):
-    states = explore(jobs, servers, faults, most)
+def test_nothing_is_lost_doubled_or_stuck(jobs, servers, faults, most, scene):
+    states = explore(jobs, servers, faults, most, scene)
     assert states > 1000  # or the world got smaller than it claims to be
 
 
@@ -68,6 +86,26 @@ def test_it_finds_a_publication_without_its_own_commit(monkeypatch):
     monkeypatch.setitem(_entry(monkeypatch), State.PUBLISHING, Ask.COLLECT)
     with pytest.raises(AssertionError):
         explore("a", "S", {"crash": 1}, 1)
+
+
+def test_it_finds_a_fence_that_nobody_heeds(monkeypatch):
+    """A server that was given up is back, and is given the job again beside its old attempt."""
+    monkeypatch.setattr(Fleet, "watch", lambda fleet, fence: None)
+    with pytest.raises(AssertionError, match="an attempt that may still run"):
+        explore("a", "S", {"hang": 1}, 1)
+
+
+def test_it_finds_an_attempt_that_is_given_up_in_silence(monkeypatch):
+    monkeypatch.setattr(submitted, "given_up", lambda row: row.abandoned)
+    with pytest.raises(AssertionError, match="an older attempt is alive"):
+        explore("a", "ST", {"hang": 1}, 1)
+
+
+def test_it_finds_a_deadline_that_never_comes(monkeypatch):
+    """A silent prompt is looked at for ever."""
+    monkeypatch.setattr(engine, "wake_s", lambda job, policy: job.live.look_s)
+    with pytest.raises(AssertionError, match="never finish"):
+        explore("a", "S", {}, 0, Scene(busy="S", queue_s=2, endless=True))
 
 
 def _entry(monkeypatch: pytest.MonkeyPatch) -> dict[State, Ask]:

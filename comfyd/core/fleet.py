@@ -1,0 +1,207 @@
+"""The servers together: what is on each, what is fenced there, and which may be given a job.
+
+Owned by the engine. A row belongs to a server only if its name and its URL are the same: a name
+whose URL changed is another server.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from comfyd.core import verdicts
+from comfyd.core.fencing import Watch
+from comfyd.core.model import Fence, JobId, PromptId, Reason, Row, ServerName, State
+from comfyd.core.policy import Policy
+from comfyd.core.server import Server
+
+
+class Fleet:
+    """See the module.
+
+    Attributes:
+      servers: By name, as configured.
+      on_server: Jobs with a prompt in flight there, oldest first.
+      watches: Fences by prompt id, but for those of servers that are not configured.
+
+    """
+
+    def __init__(self, servers: Iterable[Server], policy: Policy) -> None:
+        self.policy = policy
+        self.servers = {server.name: server for server in servers}
+        self.on_server: dict[ServerName, dict[JobId, None]] = {n: {} for n in self.servers}
+        self.watches: dict[PromptId, Watch] = {}
+        self._alone: dict[ServerName, frozenset[JobId]] = {}  # sent with nothing else beside them
+        self._stuck: dict[ServerName, frozenset[JobId]] = {}  # stalled, and not stopped yet
+
+    def fork(self) -> Fleet:
+        """An independent copy."""
+        new = copy.copy(self)
+        new.servers, new.watches = dict(self.servers), dict(self.watches)
+        new.on_server = {name: dict(jobs) for name, jobs in self.on_server.items()}
+        new._alone, new._stuck = dict(self._alone), dict(self._stuck)
+        return new
+
+    # --- keeping it ------------------------------------------------------------------------------
+
+    def of(self, row: Row) -> Server | None:
+        """The server that *row* was sent to, if it is still configured."""
+        server = None if row.server is None else self.servers.get(row.server)
+        return server if server is not None and server.origin == row.origin else None
+
+    def put(self, server: Server) -> None:
+        """Replace what is known of a server."""
+        self.servers[server.name] = server
+
+    def index(self, old: Row | None, row: Row) -> None:
+        """Keep the look-ups in step with a row that changed."""
+        for each, there in ((old, False), (row, True)):
+            server = None if each is None else self.of(each)
+            if each is None or server is None or not each.state.in_flight:
+                continue
+            here = self.on_server[server.name]
+            if there:
+                here[each.job] = None
+            else:
+                here.pop(each.job, None)
+            marks = ((self._alone, each.deaths > 0), (self._stuck, _is_stalled(each)))
+            for known, holds in marks:
+                if holds:
+                    jobs = known.get(server.name, frozenset())
+                    known[server.name] = jobs | {each.job} if there else jobs - {each.job}
+
+    def watch(self, fence: Fence) -> None:
+        """Mind *fence* from now on, if its server is configured."""
+        server = self.servers.get(fence.server)
+        if server is not None and server.origin == fence.origin:
+            self.watches[fence.prompt_id] = Watch(fence=fence)
+
+    def due_watches(self, now_s: float) -> Iterator[Watch]:
+        """Those to be asked now; a server that is down is not asked."""
+        for watch in list(self.watches.values()):
+            if not watch.asked and watch.look_s <= now_s and self.servers[watch.fence.server].up:
+                yield watch
+
+    def look_again(self, name: ServerName, now_s: float) -> None:
+        """Something happened there: ask about its fences at once."""
+        for prompt_id, watch in self.watches.items():
+            if watch.fence.server == name and watch.absent_s is None:
+                self.watches[prompt_id] = replace(watch, look_s=now_s)
+
+    def keep_fit(self, now_s: float) -> bool:
+        """Note since when each server cannot be used; whether that has changed for any."""
+        changed = False
+        for server in list(self.servers.values()):
+            fit = (
+                server.up is not False
+                and not server.refusal
+                and not server.draining
+                and not self.trouble(server.name, now_s)
+            )
+            if fit != (server.unfit_since_s is None):
+                self.put(replace(server, unfit_since_s=None if fit else now_s))
+                changed = True
+        return changed
+
+    # --- what is so ------------------------------------------------------------------------------
+
+    def trouble(self, name: ServerName, now_s: float) -> str:
+        """Why a server that answers is given nothing more, as a sentence; "" if all is well."""
+        server = self.servers[name]
+        if len(server.strikes) >= self.policy.sick_after:
+            return (
+                f"The last {len(server.strikes)} jobs failed here, and not by their own fault: look"
+                f" at its card and its log, restart ComfyUI, or run: comfyd resume {name}"
+            )
+        if server.wedged:
+            return "Prompts wait and none runs: its worker has died; restart ComfyUI."
+        if self._stuck.get(name):
+            return "A prompt runs without any sign of progress, and is being stopped."
+        for watch in self.watches.values():
+            if watch.fence.server == name and watch.is_stubborn(self.policy, now_s=now_s):
+                return "A prompt that was to be stopped goes on; restart ComfyUI if it never ends."
+        return ""
+
+    def is_usable(self, server: Server, now_s: float) -> bool:
+        """Whether something may be sent there now, as far as the server is concerned."""
+        return (
+            bool(server.up)
+            and server.unfit_since_s is None
+            and now_s >= server.opens_s
+            and not any(watch.fence.server == server.name for watch in self.watches.values())
+        )
+
+    def is_hopeful(self, server: Server, now_s: float) -> bool:
+        """Whether it is worth waiting for: it is well, or has not been unwell for long."""
+        if server.refusal or server.draining:
+            return False
+        since_s = server.unfit_since_s
+        return since_s is None or now_s - since_s < self.policy.abandon_after_s
+
+    def hopes_end_s(self) -> float:
+        """When the next server that cannot be used stops being worth waiting for."""
+        ends = (
+            server.unfit_since_s + self.policy.abandon_after_s
+            for server in self.servers.values()
+            if server.unfit_since_s is not None
+        )
+        return min(ends, default=math.inf)
+
+    def elsewhere(self, row: Row, now_s: float) -> bool:
+        """Whether a server other than the row's own may still take it."""
+        return any(
+            server.name != row.server
+            and not verdicts.has_said(row, server.name, server.origin)
+            and self.is_hopeful(server, now_s)
+            for server in self.servers.values()
+        )
+
+    # --- finding places --------------------------------------------------------------------------
+
+    def has_room(self, server: Server, now_s: float) -> bool:
+        """Whether one more prompt may be sent there now."""
+        if not self.is_usable(server, now_s) or self._alone.get(server.name):
+            return False
+        ours = len(self.on_server[server.name])
+        # Others' prompts count, but never keep us out for good: one of ours may always wait.
+        theirs = server.remaining if server.hearing and ours else 0
+        return max(ours, theirs) < server.room(self.policy)
+
+    def place(self, row: Row, open_: Iterable[ServerName]) -> Server | None:
+        """The least loaded of *open_* that may take this job."""
+        best: tuple[float, Server] | None = None
+        for name in open_:
+            server = self.servers[name]
+            ours = len(self.on_server[name])
+            if verdicts.has_said(row, name, server.origin) or (row.deaths and ours):
+                continue
+            share = max(ours, server.remaining) / server.room(self.policy)
+            if best is None or share < best[0]:
+                best = share, server
+        return None if best is None else best[1]
+
+    def reserve(self, row: Row, now_s: float) -> ServerName | None:
+        """The server that a job which must be sent alone waits for: the one soonest empty."""
+        fitting = [
+            server.name
+            for server in self.servers.values()
+            if self.is_usable(server, now_s)
+            and not verdicts.has_said(row, server.name, server.origin)
+        ]
+        return min(fitting, key=lambda name: len(self.on_server[name]), default=None)
+
+    def idle(self, now_s: float) -> list[Server]:
+        """Those that could run something at once, and have nothing to do."""
+        return [
+            server
+            for server in self.servers.values()
+            if self.is_usable(server, now_s)
+            and not self.on_server[server.name]
+            and not server.remaining
+        ]
+
+
+def _is_stalled(row: Row) -> bool:
+    return row.state is State.STOPPING and row.why is not None and row.why.reason is Reason.STALLED
