@@ -6,11 +6,12 @@ Serves simulations and the exhaustive explorer, so a copy is cheap and crashes c
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
-from comfyd.core.facts import Candidates
-from comfyd.core.model import JobId, Row, State
+from comfyd.core.facts import Candidates, Overdue
+from comfyd.core.model import Fence, JobId, PromptId, Row, State
 from comfyd.journal.store import (
     FOUND_MAX,
     Alias,
@@ -18,6 +19,9 @@ from comfyd.journal.store import (
     Change,
     Event,
     Insert,
+    Lift,
+    Raise,
+    Remember,
     Update,
     may_replace,
     prompt_ids,
@@ -36,6 +40,8 @@ class MemoryStore:
         self.rows_by_job: dict[JobId, Row] = {}
         self._names: dict[str, JobId] = {}
         self._events: list[Event] = []
+        self._fences: dict[PromptId, Fence] = {}
+        self._settings: dict[str, Any] = {}
         self._was_clean = clean
         self._clean = False
 
@@ -45,6 +51,8 @@ class MemoryStore:
         twin.rows_by_job = self.rows_by_job.copy()
         twin._names = self._names.copy()
         twin._events = self._events.copy()
+        twin._fences = self._fences.copy()
+        twin._settings = self._settings.copy()
         return twin
 
     def reopened(self) -> MemoryStore:
@@ -54,9 +62,9 @@ class MemoryStore:
         return successor
 
     def fingerprint(self) -> tuple[bytes, ...]:
-        """A hashable value that is equal exactly when all rows are equal."""
-        rows = self.rows_by_job.values()
-        return tuple(msgspec.json.encode(row, order="sorted") for row in _by_seq(rows))
+        """A hashable value that is equal exactly when all rows, fences and settings are equal."""
+        values = (*_by_seq(self.rows_by_job.values()), *self._fences.values(), self._settings)
+        return tuple(msgspec.json.encode(value, order="sorted") for value in values)
 
     def commit(self, batch: Batch) -> tuple[bool, ...]:
         results = tuple(self._apply(change) for change in batch.changes)
@@ -80,6 +88,22 @@ class MemoryStore:
         due.sort(key=lambda row: (-row.priority, row.seq))
         later = (row.not_before for row in queued if row.not_before > now_s)
         return Candidates(rows=tuple(due[:count]), next_due_s=min(later, default=None))
+
+    def overdue(self, count: int, now_s: float) -> Overdue:
+        limited = [
+            (row.queue_by, row)
+            for row in _by_seq(self.rows_by_job.values())
+            if row.state is State.QUEUED and row.queue_by is not None
+        ]
+        past = sorted((each for each in limited if each[0] <= now_s), key=lambda each: each[0])
+        later = (queue_by for queue_by, _ in limited if queue_by > now_s)
+        return Overdue(rows=tuple(row for _, row in past[:count]), next_s=min(later, default=None))
+
+    def fences(self) -> tuple[Fence, ...]:
+        return tuple(self._fences.values())
+
+    def remembered(self) -> dict[str, Any]:
+        return self._settings.copy()
 
     def get(self, job: JobId) -> Row | None:
         return self.rows_by_job.get(job)
@@ -152,10 +176,17 @@ class MemoryStore:
                 if applied:
                     self._names[name] = job
                 return applied
+            case Raise(fence=fence):
+                return self._fences.setdefault(fence.prompt_id, fence) is fence
+            case Lift(prompt_id=prompt_id):
+                return self._fences.pop(prompt_id, None) is not None
+            case Remember(name=name, value=value):
+                self._settings[name] = value
+                return True
         if applied:
             self.rows_by_job[row.job] = row
-            for prompt_id in prompt_ids(row):
-                self._names.setdefault(prompt_id, row.job)
+            for known_as in prompt_ids(row):
+                self._names.setdefault(known_as, row.job)
         return applied
 
 

@@ -60,25 +60,59 @@ _VERSION_1: Final = (
     f"PRAGMA application_id = {APPLICATION_ID}",
 )
 
+_VERSION_2: Final = (
+    "ALTER TABLE jobs ADD COLUMN queue_by REAL",
+    """
+    CREATE INDEX deadlines ON jobs (queue_by)
+    WHERE state = 'queued' AND queue_by IS NOT NULL
+    """,
+    # In the order raised: id.
+    """
+    CREATE TABLE fences (
+      id        INTEGER PRIMARY KEY,
+      prompt_id TEXT NOT NULL UNIQUE,
+      job       TEXT NOT NULL,
+      server    TEXT NOT NULL,
+      origin    TEXT NOT NULL
+    )
+    """,
+    # What was abandoned before there were fences may still be on its server.
+    """
+    INSERT OR IGNORE INTO fences (prompt_id, job, server, origin)
+    SELECT json_extract(given_up.value, '$[2]'), job,
+           json_extract(given_up.value, '$[0]'), json_extract(given_up.value, '$[1]')
+    FROM jobs, json_each(CAST(data AS TEXT), '$.abandoned') AS given_up
+    ORDER BY seq, given_up.key
+    """,
+    "CREATE TABLE settings (name TEXT NOT NULL PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
+)
+
 # Entry n turns version n into n + 1. Entries are never changed once released, only added.
-MIGRATIONS: Final = (_VERSION_1,)
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2)
 VERSION: Final = len(MIGRATIONS)
 
 # --- changes --------------------------------------------------------------------------------------
 
 INSERT: Final = """
   INSERT OR IGNORE INTO jobs (state, version, priority, not_before, claimed_at, retired, key,
-                              server, prompt_id, data, seq, job)
-  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                              server, prompt_id, queue_by, data, seq, job)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 UPDATE: Final = """
   UPDATE jobs SET state = ?, version = ?, priority = ?, not_before = ?, claimed_at = ?,
-                  retired = ?, key = ?, server = ?, prompt_id = ?, data = ?
+                  retired = ?, key = ?, server = ?, prompt_id = ?, queue_by = ?, data = ?
   WHERE seq = ? AND job = ?
 """
 ALIAS: Final = """
   INSERT OR IGNORE INTO names SELECT :name, job FROM jobs
   WHERE job = :job AND NOT EXISTS (SELECT 1 FROM jobs WHERE job = :name)
+"""
+RAISE: Final = """
+  INSERT OR IGNORE INTO fences (prompt_id, job, server, origin) VALUES (?, ?, ?, ?)
+"""
+LIFT: Final = "DELETE FROM fences WHERE prompt_id = ?"
+REMEMBER: Final = """
+  INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value
 """
 NAME: Final = "INSERT OR IGNORE INTO names VALUES (?, ?)"
 INSERT_EVENT: Final = "INSERT INTO events (job, at, kind, data) VALUES (?, ?, ?, ?)"
@@ -99,10 +133,20 @@ NEXT_DUE: Final = """
   SELECT not_before FROM jobs INDEXED BY due
   WHERE state = 'queued' AND not_before > 0 AND not_before > ? ORDER BY not_before LIMIT 1
 """
+OVERDUE: Final = """
+  SELECT data FROM jobs INDEXED BY deadlines
+  WHERE state = 'queued' AND queue_by IS NOT NULL AND queue_by <= ? ORDER BY queue_by, seq LIMIT ?
+"""
+NEXT_DEADLINE: Final = """
+  SELECT queue_by FROM jobs INDEXED BY deadlines
+  WHERE state = 'queued' AND queue_by IS NOT NULL AND queue_by > ? ORDER BY queue_by LIMIT 1
+"""
 ACTIVE: Final = """
   SELECT data FROM jobs INDEXED BY active
   WHERE retired = 0 AND state NOT IN ('queued', 'held') ORDER BY seq
 """
+FENCES: Final = "SELECT prompt_id, job, server, origin FROM fences ORDER BY id"
+REMEMBERED: Final = "SELECT name, value FROM settings"
 COUNTS: Final = "SELECT state, jobs FROM counts"
 OLDEST: Final = "SELECT claimed_at FROM jobs WHERE state = ? ORDER BY seq LIMIT 1"
 PAGE: Final = "SELECT data FROM jobs WHERE seq < ? ORDER BY seq DESC LIMIT ?"

@@ -18,8 +18,8 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from comfyd.core.facts import Candidates
-from comfyd.core.model import JobId, Row, State
+from comfyd.core.facts import Candidates, Overdue
+from comfyd.core.model import Fence, JobId, Row, State
 from comfyd.errors import DiskFull, JournalError
 from comfyd.journal import schema
 from comfyd.journal.file import connect, create, damaged, sync_folder, translate
@@ -30,7 +30,10 @@ from comfyd.journal.store import (
     Change,
     Event,
     Insert,
+    Lift,
+    Raise,
     Reads,
+    Remember,
     Update,
     may_replace,
     prompt_ids,
@@ -138,6 +141,22 @@ class SqliteStore:
             next_due_s=later[0][0] if later else None,
         )
 
+    def overdue(self, count: int, now_s: float) -> Overdue:
+        later = self._fetch(schema.NEXT_DEADLINE, now_s)
+        return Overdue(
+            rows=self._rows(schema.OVERDUE, now_s, count),
+            next_s=later[0][0] if later else None,
+        )
+
+    def fences(self) -> tuple[Fence, ...]:
+        return tuple(
+            Fence(prompt_id=prompt_id, job=job, server=server, origin=origin)
+            for prompt_id, job, server, origin in self._fetch(schema.FENCES)
+        )
+
+    def remembered(self) -> dict[str, Any]:
+        return {name: msgspec.json.decode(value) for name, value in self._fetch(schema.REMEMBERED)}
+
     def get(self, job: JobId) -> Row | None:
         return self._row(schema.GET, job)
 
@@ -211,8 +230,16 @@ class SqliteStore:
                 named = prompt_ids(row) - prompt_ids(old)
             case Alias(name=name, job=job):
                 return bool(self._db.execute(schema.ALIAS, {"name": name, "job": job}).rowcount)
-        for prompt_id in named:
-            self._db.execute(schema.NAME, (prompt_id, row.job))
+            case Raise(fence=fence):
+                values = (fence.prompt_id, fence.job, fence.server, fence.origin)
+                return bool(self._db.execute(schema.RAISE, values).rowcount)
+            case Lift(prompt_id=prompt_id):
+                return bool(self._db.execute(schema.LIFT, (prompt_id,)).rowcount)
+            case Remember(name=name, value=value):
+                self._db.execute(schema.REMEMBER, (name, self._encode(value)))
+                return True
+        for name in named:
+            self._db.execute(schema.NAME, (name, row.job))
         return True
 
     def _replaceable(self, row: Row, expected: int) -> Row | None:
@@ -231,6 +258,7 @@ class SqliteStore:
             row.key,
             row.server,
             row.prompt_id,
+            row.queue_by,
             self._encode(row),
             row.seq,
             row.job,

@@ -12,8 +12,8 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from comfyd.core.facts import Candidates
-from comfyd.core.model import JobId, Row, State, Value
+from comfyd.core.facts import Candidates, Overdue
+from comfyd.core.model import Fence, JobId, PromptId, Row, State, Value
 
 # Enough for a person to pick the right one; a longer answer would only be cut by the terminal.
 FOUND_MAX: Final = 20
@@ -74,7 +74,31 @@ class Alias(Value, frozen=True):
     job: JobId
 
 
-Change = Insert | Update | Alias
+class Raise(Value, frozen=True):
+    """Keep a fence until it is lifted. Not applied if there is one for its prompt already."""
+
+    fence: Fence
+
+
+class Lift(Value, frozen=True):
+    """Drop the fence of this prompt. Not applied if there is none."""
+
+    prompt_id: PromptId
+
+
+class Remember(Value, frozen=True):
+    """Keep a setting that outlives the daemon, in place of an older one. Always applied.
+
+    Attributes:
+      value: A JSON value.
+
+    """
+
+    name: str
+    value: Any
+
+
+Change = Insert | Update | Alias | Raise | Lift | Remember
 
 
 class Batch(Value, frozen=True):
@@ -103,6 +127,21 @@ class Reads(Protocol):
 
         Highest priority first, then by seq.
         """
+        ...
+
+    def overdue(self, count: int, now_s: float) -> Overdue:
+        """The first *count* queued rows whose ``queue_by`` has come, and the next one to come.
+
+        Earliest first, then by seq; *now_s* is UTC.
+        """
+        ...
+
+    def fences(self) -> tuple[Fence, ...]:
+        """Every fence, in the order raised."""
+        ...
+
+    def remembered(self) -> dict[str, Any]:
+        """Every setting, by its name."""
         ...
 
     def get(self, job: JobId) -> Row | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import trio
 
-from comfyd.core.facts import Candidates
-from comfyd.core.model import JobId, Row, State
+from comfyd.core.facts import Candidates, Overdue
+from comfyd.core.model import Fence, JobId, Row, State
 from comfyd.journal.store import Batch, Event, Store
 
 P = ParamSpec("P")
@@ -78,6 +78,15 @@ class Journal:
 
     async def candidates(self, count: int, now_s: float) -> Candidates:
         return await self._call(self._store.candidates, count, now_s)
+
+    async def overdue(self, count: int, now_s: float) -> Overdue:
+        return await self._call(self._store.overdue, count, now_s)
+
+    async def fences(self) -> tuple[Fence, ...]:
+        return await self._call(self._store.fences)
+
+    async def remembered(self) -> dict[str, Any]:
+        return await self._call(self._store.remembered)
 
     async def get(self, job: JobId) -> Row | None:
         return await self._call(self._store.get, job)

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from comfyd.core.model import (
     End,
+    Fence,
     FileRef,
     JobId,
     NodeFailure,
@@ -25,7 +26,7 @@ from comfyd.core.model import (
 )
 from comfyd.journal.memory import MemoryStore
 from comfyd.journal.sqlite import SqliteStore, open_readonly
-from comfyd.journal.store import Alias, Batch, Event, Insert, Update
+from comfyd.journal.store import Alias, Batch, Event, Insert, Lift, Raise, Remember, Update
 
 # Few and alike, so that ids collide, begin alike and share a stem.
 JOBS = [JobId(name) for name in ("fox.01A", "fox.01B", "fox", "foxes.01A", "a_b.01C")]
@@ -81,6 +82,7 @@ def rows(draw, jobs=JOBS):
         version=draw(st.integers(0, 1)),
         priority=draw(st.integers(-1, 1)),
         not_before=draw(st.sampled_from(TIMES)),
+        queue_by=draw(st.none() | st.sampled_from(TIMES)),
         claimed_at=draw(st.sampled_from(TIMES)),
         key=draw(st.none() | st.sampled_from(KEYS)),
         metadata=draw(st.dictionaries(st.just("k"), json_values)),
@@ -103,6 +105,20 @@ events = st.builds(
     at=st.sampled_from(TIMES),
     kind=st.sampled_from(["claimed", "submitted"]),
     data=st.dictionaries(st.just("k"), json_values),
+)
+
+
+fences = st.builds(
+    Fence,
+    prompt_id=st.sampled_from([prompt_id_of(job, 1) for job in JOBS[:3]]),
+    job=st.sampled_from(JOBS),
+    server=st.sampled_from(["local", "other"]),
+    origin=st.just("http://x"),
+)
+others = st.one_of(
+    st.builds(Raise, fence=fences),
+    fences.map(lambda fence: Lift(prompt_id=fence.prompt_id)),
+    st.builds(Remember, name=st.sampled_from(["paused", "draining"]), value=json_values),
 )
 
 
@@ -151,8 +167,8 @@ class Conformance(RuleBasedStateMachine):
         )
         known = list(self.model.rows_by_job.values())
         if not known:
-            return inserts | inserts | aliases
-        return inserts | st.sampled_from(known).flatmap(self.updates) | aliases
+            return inserts | inserts | aliases | others
+        return inserts | st.sampled_from(known).flatmap(self.updates) | aliases | others
 
     @staticmethod
     def updates(old):
@@ -160,12 +176,12 @@ class Conformance(RuleBasedStateMachine):
         after = old.version + 1
         change = msgspec.structs.replace
         same = rows([old.job]).map(lambda row: change(row, seq=old.seq, version=after))
-        others = (
+        not_applied = (
             st.just(change(old, retired=True, version=after)),
             same.map(lambda row: change(row, version=after + 1)),
             same.map(lambda row: change(row, seq=old.seq + 1)),
         )
-        following = st.one_of(same, same, *others)
+        following = st.one_of(same, same, *not_applied)
         return following.map(lambda row: Update(row=row, expected=row.version - 1))
 
     @rule(before_s=st.sampled_from(TIMES), limit=st.integers(1, 5))
@@ -202,6 +218,9 @@ class Conformance(RuleBasedStateMachine):
         assert store.active() == model.active()
         for now_s in (*TIMES, 15.0):
             assert store.candidates(2, now_s) == model.candidates(2, now_s)
+            assert store.overdue(2, now_s) == model.overdue(2, now_s)
+        assert store.fences() == model.fences()
+        assert store.remembered() == model.remembered()
         assert store.counts() == model.counts()
         assert store.last_seq() == model.last_seq()
         assert store.without_rows(JOBS + NAMES) == model.without_rows(JOBS + NAMES)

@@ -1,14 +1,17 @@
 """What the file is when it is not simply ours: newer, foreign, damaged, in use, only read."""
 
+import json
 import os
 import sqlite3
 import subprocess
 import sys
 
 import pytest
+from msgspec.structs import replace
 
-from comfyd.core.model import JobId, Row, State
+from comfyd.core.model import Fence, JobId, PromptId, Row, ServerName, State
 from comfyd.errors import JournalError, JournalTooNew, SpoolBusy
+from comfyd.journal import schema
 from comfyd.journal.sqlite import SqliteStore, open_readonly
 from comfyd.journal.store import Batch, Event, Update
 from tests.journal.writer import big, insert
@@ -111,6 +114,51 @@ def test_a_row_written_before_a_field_existed_reads_with_its_default(path):
     store = SqliteStore.open(path)
     assert store.get(JobId("fox.01A")) == Row(job=JobId("fox.01A"), seq=1)
     store.close()
+
+
+def test_a_journal_of_version_1_becomes_one_of_today_with_its_jobs_and_fences(path):
+    given_up = [["local", "http://x", "p-1"], ["other", "http://y", "p-2"]]
+    jobs = [
+        {"job": "fox.01A", "seq": 1, "metadata": {"name": "f\u00fcchs\0"}},
+        {"job": "wolf.01B", "seq": 2, "attempt": 3, "abandoned": given_up},
+        {"job": "bear.01C", "seq": 3, "abandoned": [["local", "http://x", "p-0"], given_up[0]]},
+    ]
+    path.parent.mkdir()
+    db = sqlite3.connect(path)
+    for statement in schema.MIGRATIONS[0]:
+        db.execute(statement)
+    for job in jobs:
+        old = (job["job"], job["seq"], json.dumps(job).encode())
+        db.execute(
+            "INSERT INTO jobs (state, version, priority, not_before, claimed_at, retired, job, seq,"
+            " data) VALUES ('queued', 0, 0, 0.0, 0.0, 0, ?, ?, ?)",
+            old,
+        )
+    db.execute("INSERT INTO counts VALUES ('queued', 3)")
+    db.execute("PRAGMA user_version = 1")
+    db.commit()
+    db.close()
+    with pytest.raises(JournalError, match="start the daemon once"):
+        open_readonly(path)
+
+    store = SqliteStore.open(path)
+    fox, wolf, bear = store.candidates(9, 0.0).rows
+    assert (fox.job, fox.metadata) == ("fox.01A", {"name": "f\u00fcchs\0"})
+    assert wolf.abandoned == tuple(map(tuple, given_up))
+    fences = [("p-1", wolf, "local", "http://x"), ("p-2", wolf, "other", "http://y")]
+    assert store.fences() == tuple(
+        Fence(prompt_id=PromptId(prompt_id), job=row.job, server=ServerName(server), origin=origin)
+        for prompt_id, row, server, origin in [*fences, ("p-0", bear, "local", "http://x")]
+    )
+    assert store.remembered() == {}
+    assert store.overdue(9, 1e9).rows == ()
+    limited = replace(fox, version=1, queue_by=5.0)
+    assert store.commit(Batch(changes=(Update(row=limited, expected=0),))) == (True,)
+    assert store.overdue(9, 1e9).rows == (limited,)
+    store.close()
+    reader = open_readonly(path)
+    assert len(reader.fences()) == 3
+    reader.close()
 
 
 def test_nobody_else_gets_in_while_it_is_open_and_everybody_afterwards(path):

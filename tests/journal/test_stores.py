@@ -3,10 +3,20 @@
 import msgspec
 import pytest
 
-from comfyd.core.model import JobId, Outcome, Row, State, prompt_id_of
+from comfyd.core.model import Fence, JobId, Outcome, Row, ServerName, State, prompt_id_of
 from comfyd.journal.memory import MemoryStore
 from comfyd.journal.sqlite import SqliteStore
-from comfyd.journal.store import FOUND_MAX, Alias, Batch, Event, Insert, Update
+from comfyd.journal.store import (
+    FOUND_MAX,
+    Alias,
+    Batch,
+    Event,
+    Insert,
+    Lift,
+    Raise,
+    Remember,
+    Update,
+)
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -137,6 +147,65 @@ def test_candidates_come_by_priority_then_arrival_when_they_are_due(store):
     assert seqs(2, 5.0) == ([2, 1], 10.0)
     assert seqs(9, 10.0) == ([2, 1, 3, 5], 20.0)
     assert seqs(9, 30.0) == ([6, 2, 4, 1, 3, 5], None)
+
+
+def test_what_waits_past_its_deadline_comes_earliest_first(store):
+    deadlines = [30.0, None, 10.0, 10.0, 50.0]
+    rows = [
+        Row(job=JobId(f"job.{seq}"), seq=seq, queue_by=queue_by, priority=seq)
+        for seq, queue_by in enumerate(deadlines, 1)
+    ]
+    held = Row(job=JobId("held"), seq=6, state=State.HELD, queue_by=5.0)
+    store.commit(Batch(changes=tuple(Insert(row=row) for row in (*rows, held))))
+
+    def seqs(count, now_s):
+        answer = store.overdue(count, now_s)
+        return [row.seq for row in answer.rows], answer.next_s
+
+    assert seqs(9, 0.0) == ([], 10.0)
+    assert seqs(9, 10.0) == ([3, 4], 30.0)
+    assert seqs(2, 40.0) == ([3, 4], 50.0)
+    assert seqs(9, 50.0) == ([3, 4, 1, 5], None)
+    started = Row(job=JobId("job.3"), seq=3, version=1, state=State.SUBMITTED, queue_by=10.0)
+    extended = Row(job=JobId("job.4"), seq=4, version=1, queue_by=60.0)
+    changes = tuple(Update(row=row, expected=0) for row in (started, extended))
+    assert store.commit(Batch(changes=changes)) == (True, True)
+    assert seqs(9, 20.0) == ([], 30.0)
+    assert seqs(9, 70.0) == ([1, 5, 4], None)
+
+
+def fence(job, attempt=1):
+    return Fence(
+        prompt_id=prompt_id_of(JobId(job), attempt),
+        job=JobId(job),
+        server=ServerName("local"),
+        origin="http://127.0.0.1:8188",
+    )
+
+
+def test_a_fence_stands_from_raise_to_lift_in_the_order_raised(store):
+    first, second, third = fence("wolf.01B"), fence("fox.01A"), fence("fox.01A", 2)
+    again = msgspec.structs.replace(first, origin="http://other")
+    insert(store, "fox.01A")
+    changes = (Raise(fence=first), Raise(fence=second), Raise(fence=again), Raise(fence=third))
+    assert store.commit(Batch(changes=changes)) == (True, True, False, True)
+    assert store.fences() == (first, second, third)
+    lift = Lift(prompt_id=first.prompt_id)
+    assert store.commit(Batch(changes=(lift, lift, Raise(fence=again)))) == (True, False, True)
+    assert store.fences() == (second, third, again)
+
+
+def test_a_setting_is_the_last_one_remembered(store):
+    assert store.remembered() == {}
+    changes = (
+        Remember(name="paused", value=True),
+        Remember(name="draining", value=["a", "b"]),
+        Remember(name="paused", value=None),
+    )
+    assert store.commit(Batch(changes=changes)) == (True, True, True)
+    assert store.remembered() == {"paused": None, "draining": ["a", "b"]}
+    store.remembered().clear()
+    assert len(store.remembered()) == 2
 
 
 def test_the_newest_row_has_the_key(store):

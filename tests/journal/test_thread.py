@@ -10,12 +10,16 @@ from comfyd.errors import DiskFull, JournalError
 from comfyd.journal import file
 from comfyd.journal.memory import MemoryStore
 from comfyd.journal.sqlite import SqliteStore
-from comfyd.journal.store import Alias, Batch, Event, Insert
+from comfyd.journal.store import Alias, Batch, Event, Insert, Remember
 from comfyd.journal.thread import Journal
 
 FOX = Row(job=JobId("fox.01A"), seq=1, key="k", claimed_at=5.0)
 ARRIVAL = Batch(
-    changes=(Insert(row=FOX), Alias(name=JobId("twin.01B"), job=FOX.job)),
+    changes=(
+        Insert(row=FOX),
+        Alias(name=JobId("twin.01B"), job=FOX.job),
+        Remember(name="paused", value=True),
+    ),
     events=(Event(job=FOX.job, at=1.0, kind="claimed"),),
 )
 
@@ -33,11 +37,14 @@ async def test_it_answers_as_its_store_does(path, inline):
         lambda: store or SqliteStore.open(path), inline=inline, on_commit=took_s.append
     ) as journal:
         assert journal.opened_cleanly()
-        assert await journal.commit(ARRIVAL) == (True, True)
+        assert await journal.commit(ARRIVAL) == (True, True, True)
         assert len(took_s) == 1
         assert 0 <= took_s[0] < 60
         assert await journal.active() == ()
         assert (await journal.candidates(3, 10.0)).rows == (FOX,)
+        assert (await journal.overdue(3, 10.0)).rows == ()
+        assert await journal.fences() == ()
+        assert await journal.remembered() == {"paused": True}
         assert await journal.get(FOX.job) == FOX
         assert await journal.keyed("k") == FOX
         assert await journal.find("twin.01B") == (FOX,)
@@ -56,7 +63,7 @@ async def test_a_commit_is_heard_to_its_end_even_by_who_is_cancelled(path):
         with trio.CancelScope() as scope:
             scope.cancel()
             results = await journal.commit(ARRIVAL)
-        assert results == (True, True)
+        assert results == (True, True, True)
         with trio.CancelScope() as scope:
             scope.cancel()
             await journal.last_seq()
