@@ -86,6 +86,8 @@ def policy_of(config: Config) -> Policy:
         orphan_interval_s=config.audit.orphan_interval_s,
         lost_grace_s=config.audit.lost_grace_s,
         abandon_after_s=config.audit.abandon_after_s,
+        run_timeout_s=config.jobs.run_timeout_s,
+        stall_timeout_s=config.jobs.stall_timeout_s,
     )
 
 
@@ -167,7 +169,14 @@ async def _run(
     if crashed:
         _log.warning("recovering", jobs=len(active))
     await trio.to_thread.run_sync(delivery.reap, spool, {row.job for row in active})
-    engine.load(active, crashed=crashed, now_s=clock.now_s(), u=random.random())
+    engine.load(
+        active,
+        crashed=crashed,
+        now_s=clock.now_s(),
+        u=random.random(),
+        fences=await journal.fences(),
+        settings=await journal.remembered(),
+    )
 
     stopped = trio.Event()
     async with _closing(links.values()), trio.open_nursery() as nursery:
@@ -230,7 +239,9 @@ async def _run(
                 intake,
                 rescan_s=config.watch.rescan_s,
                 send=inbox.claim,
-                paused=lambda: engine.active > ACTIVE_MAX or dispatcher.waits_for_space,
+                paused=lambda: (
+                    engine.paused or engine.active > ACTIVE_MAX or dispatcher.waits_for_space
+                ),
                 on_pickup=metrics.spool_pickup,
                 on_unmovable=partial(metrics.spool_rejected, "unmovable"),
             )

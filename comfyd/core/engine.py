@@ -790,11 +790,13 @@ class Engine:
                 self._step(job, Doubted(), now_s, u)
 
     def _tick(self, now_s: float, u: float) -> None:
+        due = []
         while self._due and self._due[0][0] <= now_s:
             due_s, job_id = heapq.heappop(self._due)
-            if self._wakes.get(job_id) != due_s:
-                continue
-            del self._wakes[job_id]
+            if self._wakes.get(job_id) == due_s:
+                del self._wakes[job_id]
+                due.append(job_id)
+        for job_id in due:
             job = self.jobs.get(job_id)
             if job is None:
                 continue

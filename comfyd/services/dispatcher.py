@@ -11,11 +11,11 @@ import trio
 
 from comfyd.core.engine import Batch as EngineBatch
 from comfyd.core.engine import Change, Engine
-from comfyd.core.facts import Fact, Tick
+from comfyd.core.facts import Fact, Summoned, Tick
 from comfyd.core.notes import Note
-from comfyd.core.orders import JobOrder, Refill
+from comfyd.core.orders import Expire, Fence, JobOrder, Read, Refill, Summon
 from comfyd.errors import DiskFull, JournalError
-from comfyd.journal.store import Batch, Event, Insert, Update
+from comfyd.journal.store import Batch, Event, Insert, Lift, Raise, Remember, Update
 from comfyd.journal.thread import Journal
 from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
@@ -45,7 +45,7 @@ class Dispatcher:
         journal: Journal,
         clock: Clock,
         *,
-        perform: Callable[[JobOrder], None],
+        perform: Callable[[JobOrder | Fence], None],
         observe: Callable[[Iterable[Note]], None],
         on_deadline: Callable[[float], None],
         draw: Callable[[], float] = random.random,
@@ -97,22 +97,36 @@ class Dispatcher:
             self._waiting = _joined(self._waiting, batch)
             if batch.urgent or now_s >= self._lazy_since_s + LAZY_S:
                 await self._commit()
-            elif self._waiting.changes or self._waiting.notes:
+            elif self._waiting != EngineBatch():
                 self._lazy_since_s = min(self._lazy_since_s, now_s)
             self._observe(batch.notes)
-            refill: Refill | None = None
+            reads: list[Read] = []
             for order in batch.orders:
-                if isinstance(order, Refill):
-                    refill = order
-                elif isinstance(order, JobOrder):
+                if isinstance(order, Read):
+                    reads.append(order)
+                else:
                     self._perform(order)
-            if refill is None:
+            if not reads:
                 break
+            if any(isinstance(order, Summon) for order in reads):
+                await self._commit()  # or it could answer with what is no longer so
             # Read here and now, so that what is read cannot be older than what is in memory.
-            rows = await self._journal.candidates(refill.count, self._clock.now_s())
-            self._handle([rows])
+            self._handle([await self._read(order) for order in reads])
         self._settled.set()
         self._on_deadline(self._engine.next_deadline_s())
+
+    async def _read(self, order: Read) -> Fact:
+        now_s = self._clock.now_s()
+        match order:
+            case Refill():
+                return await self._journal.candidates(order.count, now_s)
+            case Expire():
+                return await self._journal.overdue(order.count, now_s)
+            case Summon():
+                jobs = dict.fromkeys(purpose.job for purpose in order.purposes)
+                rows = [await self._journal.get(job) for job in jobs]
+                known = tuple(row for row in rows if row is not None)
+                return Summoned(rows=known, purposes=order.purposes)
 
     async def flush(self) -> None:
         """Commit what waits for company; for the very end."""
@@ -121,11 +135,16 @@ class Dispatcher:
     async def _commit(self) -> None:
         batch, self._waiting = self._waiting, EngineBatch()
         self._lazy_since_s = math.inf
-        if not batch.changes and not batch.notes:
+        if batch == EngineBatch():
             return
         at_s = self._clock.now_s()
         stored = Batch(
-            changes=tuple(_stored(change) for change in batch.changes),
+            changes=(
+                *(_stored(change) for change in batch.changes),
+                *(Raise(fence=fence) for fence in batch.raised),
+                *(Lift(prompt_id=prompt_id) for prompt_id in batch.lifted),
+                *(Remember(name=name, value=value) for name, value in batch.settings),
+            ),
             events=tuple(
                 Event(job=note.job, at=at_s, kind=note.kind, data=_told(note))
                 for note in batch.notes
@@ -142,12 +161,19 @@ class Dispatcher:
             break
         self.waits_for_space = False
         if not all(results):
-            lost = [c.row.job for c, ok in zip(batch.changes, results, strict=True) if not ok]
-            raise JournalError(f"the journal refused changes of {', '.join(lost[:5])}: two owners?")
+            refused = [str(c) for c, ok in zip(stored.changes, results, strict=True) if not ok]
+            raise JournalError(f"the journal refused {'; '.join(refused[:3])}: two owners?")
 
 
 def _joined(first: EngineBatch, second: EngineBatch) -> EngineBatch:
-    return EngineBatch(changes=first.changes + second.changes, notes=first.notes + second.notes)
+    """What is to be written, of both."""
+    return EngineBatch(
+        changes=first.changes + second.changes,
+        raised=first.raised + second.raised,
+        lifted=first.lifted + second.lifted,
+        settings=first.settings + second.settings,
+        notes=first.notes + second.notes,
+    )
 
 
 def _stored(change: Change) -> Insert | Update:

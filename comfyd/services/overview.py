@@ -14,7 +14,6 @@ import trio
 from comfyd.core.engine import Engine
 from comfyd.core.job import Job, is_stale
 from comfyd.core.model import ServerName, State
-from comfyd.core.policy import window
 from comfyd.core.present import shown_counts, shown_state
 from comfyd.core.server import Server as EngineServer
 from comfyd.core.snapshot import JOBS_MAX, JobView, ServerState, ServerView, Snapshot
@@ -83,6 +82,7 @@ class Overview:
             at=at,
             version=self._version,
             started_at=self._started_at,
+            paused=engine.paused,
             waiting=self._waiting(),
             servers=tuple(self._server(server, at) for server in engine.servers.values()),
             counts=shown_counts(engine.counts, running),
@@ -105,18 +105,23 @@ class Overview:
         watched = self._watched[server.name]
         stats = watched.stats()
         usable = bool(server.up) and not server.refusal
+        trouble = self._engine.trouble(server.name)
         state = ServerState.DOWN
         if usable:
             state = ServerState.DEAF if server.stalled else ServerState.UP
+            if server.draining:
+                state = ServerState.DRAINING
+            if trouble:
+                state = ServerState.WEDGED
         return ServerView(
             name=server.name,
             url=watched.url,
             state=state,
-            reason="" if usable else watched.reason(),
+            reason=trouble if usable else watched.reason(),
             tracker=watched.tracker(),
             connected=server.client_id is not None,
             in_flight=len(self._engine.on_server[server.name]),
-            window=window(server.window, server.run_average_s),
+            window=server.room(self._engine.policy),
             queue_remaining=server.remaining if stats is not None else None,
             stale=self._engine.stale(server.name, now_s=at),
             version="" if stats is None else stats.version,

@@ -99,7 +99,7 @@ class World:
     ) -> None:
         self.names, self.budget, self.faults, self.now_s = tuple(jobs), budget, faults, 100.0
         self.scene = scene
-        foreign = {name: ("foreign", "x") for name in scene.busy}
+        foreign = dict.fromkeys(scene.busy, ("foreign", "x"))
         self.sims = {n: Sim(hung=n in scene.down, running=foreign.get(n)) for n in servers}
         self.engine: engines.Engine | None = None
         self.store: dict[str, Row] = {}
@@ -189,8 +189,8 @@ class World:
 
     def answer(self, fact: facts.Answer | facts.Fenced) -> None:
         self.tell(fact)
-        repeats = self.budget.get("echo") and self.faults and not isinstance(fact, facts.Fenced)
-        self.echo = (fact,) if repeats else ()
+        repeats = self.budget.get("echo") and self.faults
+        self.echo = (fact,) if repeats and not isinstance(fact, facts.Fenced) else ()
 
     def crash(self) -> None:
         posts = [o.row for at, o, _ in self.work if at == "do" and isinstance(o, orders.Submit)]
@@ -465,8 +465,8 @@ def into_the_void(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, s
 def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str | None]]:
     """How an order goes on: what it does to the world, its answer, or its answer lost."""
     fence = order.fence if isinstance(order, orders.Fence) else None
-    row = order.row if fence is None else fence
-    t = order.token if fence is None else None
+    row: Any = order.row if fence is None else fence
+    t: Any = order.token if fence is None else None
 
     def then(act: Act) -> Act:
         return lambda w: setattr(w, "work", (*w.work, ("answer", order, act(w))))

@@ -8,7 +8,7 @@ from collections import Counter
 import msgspec
 import pytest
 
-from comfyd.core import facts, orders
+from comfyd.core import facts, model, orders
 from comfyd.core.engine import LOOK_AHEAD, Batch, Engine
 from comfyd.core.facts import Hint, Presence, Sign, Token
 from comfyd.core.model import JobId, PromptId, Record, Row, ServerName, Staged, State, prompt_id_of
@@ -34,6 +34,8 @@ class Rig:
         self.store: dict[JobId, Row] = {}
         self.batch = Batch()
         self.given: list[orders.JobOrder] = []
+        self.fenced: list[orders.Fence] = []
+        self.fences: dict[str, model.Fence] = {}
         self.engine.load([], crashed=False, now_s=self.now_s, u=0.0)
         for server in servers:
             self.tell(facts.Health(server=server.name, ok=True))
@@ -51,20 +53,37 @@ class Rig:
                 old = self.store.get(change.row.job)
                 assert (None if old is None else old.version) == change.expected
                 self.store[change.row.job] = change.row
-            refill = [o for o in self.batch.orders if isinstance(o, orders.Refill)]
-            given += [o for o in self.batch.orders if not isinstance(o, orders.Refill)]
-            if not refill:
+            self.fences |= {fence.prompt_id: fence for fence in self.batch.raised}
+            for prompt_id in self.batch.lifted:
+                del self.fences[prompt_id]
+            reads = [o for o in self.batch.orders if isinstance(o, orders.Read)]
+            given += [o for o in self.batch.orders if isinstance(o, orders.JobOrder)]
+            self.fenced += [o for o in self.batch.orders if isinstance(o, orders.Fence)]
+            if not reads:
                 break
-            queued = [r for r in self.store.values() if r.state is State.QUEUED]
-            due = [r for r in queued if r.not_before <= self.now_s]
-            due.sort(key=lambda r: (-r.priority, r.seq))
-            later = min((r.not_before for r in queued if r.not_before > self.now_s), default=None)
-            rows = tuple(due[: refill[0].count])
-            self.engine.handle(
-                facts.Candidates(rows=rows, next_due_s=later), now_s=self.now_s, u=0.0
-            )
+            for order in reads:
+                self.engine.handle(self.read(order), now_s=self.now_s, u=0.0)
         self.given += given
         return given
+
+    def read(self, order: orders.Read) -> facts.Fact:
+        queued = [r for r in self.store.values() if r.state is State.QUEUED]
+        match order:
+            case orders.Summon():
+                rows = {p.job: self.store[p.job] for p in order.purposes if p.job in self.store}
+                return facts.Summoned(rows=tuple(rows.values()), purposes=order.purposes)
+            case orders.Expire():
+                by = {r.job: r.queue_by for r in queued if r.queue_by is not None}
+                late = tuple(r for r in queued if by.get(r.job, math.inf) <= self.now_s)
+                after = min((at for at in by.values() if at > self.now_s), default=None)
+                return facts.Overdue(rows=late, next_s=after)
+            case orders.Refill(count=count):
+                due = [r for r in queued if r.not_before <= self.now_s]
+                due.sort(key=lambda r: (-r.priority, r.seq))
+                later = [r.not_before for r in queued if r.not_before > self.now_s]
+                return facts.Candidates(
+                    rows=tuple(due[:count]), next_due_s=min(later, default=None)
+                )
 
     def drop(self, *names: str, **row: object) -> list[orders.JobOrder]:
         first = len(self.store)
@@ -229,25 +248,53 @@ def test_foreign_and_unknown_facts_are_dropped_and_counted():
         assert [note.kind for note in rig.batch.notes] == ["dropped"]
 
 
-def test_when_a_server_dies_only_what_ran_or_the_oldest_is_charged():
-    for running in (None, "y"):
-        rig = Rig(3)
-        rig.drop("x", "y", "z")
-        for name in ("x", "y", "z"):
-            rig.now_s += 1
-            rig.accept(name)
-        if running is not None:
-            for given in (rig.hint(running, Sign.ALIVE),):
-                for name in names(given, orders.Probe):
-                    rig.tell(facts.Probed(token=rig.token(name), presence=Presence.PENDING))
-        rig.tell(facts.Disconnected(server=A, cause="closed"))
-        rig.tell(facts.Health(server=A, ok=False))
-        for _ in range(2):
-            for name in ("x", "y", "z"):
-                rig.tell(facts.Probed(token=rig.token(name), presence=Presence.REFUSED))
-            rig.tell(facts.Tick(), after_s=POLICY.lost_grace_s)
-        charged = {name: rig.store[JobId(name)].charged for name in ("x", "y", "z")}
-        assert charged == {name: int(name == (running or "x")) for name in ("x", "y", "z")}
+def kill(rig: Rig, *victims: str) -> None:
+    """The server dies and stays away until everybody knows that its memory is gone."""
+    rig.tell(facts.Disconnected(server=A, cause="closed"), facts.Health(server=A, ok=False))
+    for _ in range(2):
+        for name in victims:
+            rig.tell(facts.Probed(token=rig.token(name), presence=Presence.REFUSED))
+        rig.tell(facts.Tick(), after_s=POLICY.lost_grace_s)
+    rig.tell(facts.Health(server=A, ok=True), facts.Connected(server=A, client_id="again"))
+
+
+def test_a_server_that_dies_with_several_prompts_charges_none_and_gets_them_one_by_one():
+    rig = Rig(3)
+    rig.drop("x", "y", "z")
+    for name in ("x", "y", "z"):
+        rig.now_s += 1
+        rig.accept(name)
+    rig.given.clear()
+    kill(rig, "x", "y", "z")
+    assert {rig.store[JobId(name)].charged for name in ("x", "y", "z")} == {0}
+    assert names(rig.given) == ["x"]  # alone, though there is room for three
+    rig.accept("x")
+    kill(rig, "x")
+    assert rig.store[JobId("x")].charged == 2  # now it was proven, both times
+
+
+def test_a_job_that_is_sent_alone_gets_a_server_of_its_own_in_time():
+    rig = Rig(2)
+    rig.drop("x", "y")
+    rig.accept("x", "y")
+    rig.given.clear()
+    kill(rig, "x", "y")
+    rig.drop(*(f"more-{number}" for number in range(4)))
+    assert names(rig.given) == ["x"]
+    finish(rig, "x")
+    assert names(rig.given) == ["x", "y"]
+    finish(rig, "y")
+    assert names(rig.given) == ["x", "y", "more-0", "more-1"]
+
+
+def finish(rig: Rig, name: str) -> None:
+    attempt = rig.store[JobId(name)].attempt
+    if rig.engine.jobs[JobId(name)].row.state is State.SUBMITTING:
+        rig.accept(name)
+    rig.tell(Hint(server=A, prompt_id=prompt_id_of(JobId(name), attempt), sign=Sign.ENDED))
+    record = msgspec.convert({"end": "success"}, Record)
+    fetched = facts.Fetched(token=rig.token(name), result=facts.FetchResult.FOUND, record=record)
+    rig.tell(fetched)
 
 
 def test_the_queue_in_memory_is_bounded_and_refilled_in_order():

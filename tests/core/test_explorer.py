@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from comfyd.core import engine, finishing, lifecycle, moves, submitted
-from comfyd.core.fleet import Fleet
+from comfyd.core import finishing, lifecycle, moves, submitted
 from comfyd.core.facts import Collected, Published, SubmitUnknown
+from comfyd.core.fleet import Fleet
 from comfyd.core.job import Ask, Context, Job, Step
 from comfyd.core.model import State
 from comfyd.core.moves import move
@@ -103,7 +103,7 @@ def test_it_finds_an_attempt_that_is_given_up_in_silence(monkeypatch):
 
 def test_it_finds_a_deadline_that_never_comes(monkeypatch):
     """A silent prompt is looked at for ever."""
-    monkeypatch.setattr(engine, "wake_s", lambda job, policy: job.live.look_s)
+    monkeypatch.setattr(submitted, "deadline", lambda job, policy: None)
     with pytest.raises(AssertionError, match="never finish"):
         explore("a", "S", {}, 0, Scene(busy="S", queue_s=2, endless=True))
 

@@ -16,7 +16,20 @@ from hypothesis import strategies as st
 
 from comfyd.core import facts, lifecycle, orders, rules
 from comfyd.core.facts import FetchResult, Hint, Presence, Sign, Token, Uncollected
-from comfyd.core.job import Assigned, Context, Doubted, Due, Job, JobFact, Orphaned, Step
+from comfyd.core.job import (
+    Assigned,
+    Context,
+    Doubted,
+    Due,
+    Expired,
+    GivenUp,
+    Job,
+    JobFact,
+    NoServerLeft,
+    Orphaned,
+    Recalled,
+    Step,
+)
 from comfyd.core.model import (
     End,
     FileRef,
@@ -47,8 +60,8 @@ ERROR = Record(
 STAGED = Staged(manifest_sha256="ab", outputs=1, bytes=10)
 
 
-def at(now_s: float, *, culprit: bool = False) -> Context:
-    return Context(now_s=now_s, u=0.0, policy=POLICY, culprit=culprit)
+def at(now_s: float, *, elsewhere: bool = False) -> Context:
+    return Context(now_s=now_s, u=0.0, policy=POLICY, elsewhere=elsewhere)
 
 
 class Life:
@@ -64,10 +77,10 @@ class Life:
     def token(self) -> Token:
         return Token(J, self.job.row.attempt, self.job.live.seq)
 
-    def tell(self, fact: JobFact, *, after_s: float = 0.0, culprit: bool = False) -> Step:
+    def tell(self, fact: JobFact, *, after_s: float = 0.0, elsewhere: bool = False) -> Step:
         self.now_s += after_s
         before = self.job.row
-        done = lifecycle.step(self.job, fact, at(self.now_s, culprit=culprit))
+        done = lifecycle.step(self.job, fact, at(self.now_s, elsewhere=elsewhere))
         rules.check(before, done.job)
         self.job, self.orders = done.job, done.orders
         self.notes += [(note.kind, note.data) for note in done.notes]
@@ -91,9 +104,10 @@ class Life:
         return self
 
     def probe(
-        self, presence: Presence, record: Record | None = None, *, culprit: bool = False
+        self, presence: Presence, record: Record | None = None, *, elsewhere: bool = False
     ) -> Life:
-        self.tell(facts.Probed(token=self.token, presence=presence, record=record), culprit=culprit)
+        probed = facts.Probed(token=self.token, presence=presence, record=record)
+        self.tell(probed, elsewhere=elsewhere)
         return self
 
     def due(self) -> Life:
@@ -118,7 +132,8 @@ class Life:
 
 FACTS: list[type] = [
     *get_args(facts.Answer), Hint, facts.CheckAsked, facts.CancelAsked, facts.ReleaseAsked,
-    facts.HoldAsked, Assigned, Orphaned, Doubted, Due,
+    facts.HoldAsked, facts.LateSuccess, Assigned, Orphaned, Doubted, Due, Expired, GivenUp,
+    NoServerLeft, Recalled,
 ]  # fmt: skip
 
 # Which answers each state's orders can bring. A current one without a row would be a bug.
@@ -387,23 +402,52 @@ def test_unknown_between_two_absences_does_not_shorten_the_proof():
     assert life.job.row.state is State.SUBMITTED
 
 
-def lose(life: Life, presence: Presence = Presence.ABSENT, *, culprit: bool = False) -> Life:
+def lose(life: Life, presence: Presence = Presence.ABSENT) -> Life:
     life.tell(Doubted())
-    life.probe(presence, culprit=culprit)
-    life.due().probe(presence, culprit=culprit)
+    life.probe(presence)
+    life.due().probe(presence)
+    return life
+
+
+def die(life: Life, *, alone: bool) -> Life:
+    """The server dies while the prompt runs there, alone or beside others of ours."""
+    life.accept().hint(Sign.ALIVE)
+    life.tell(Orphaned("disconnected", alone))
+    life.probe(Presence.REFUSED).due()
+    while life.job.row.state is State.SUBMITTED:
+        life.probe(Presence.REFUSED)
+        if life.job.row.state is State.SUBMITTED:
+            life.due()
     return life
 
 
 @pytest.mark.parametrize(
-    ("started", "culprit", "charged"), [(True, False, 1), (False, True, 1), (False, False, 0)]
+    ("deaths", "charged"),
+    [
+        ([True], [1]),
+        ([True, True], [1, 2]),
+        ([False], [0]),  # any of them may have been it
+        ([False, False], [0, 2]),  # it was sent alone after the first: that one is proven too
+        ([True, False], [1, 2]),
+    ],
 )
-def test_charged_is_what_ran_when_its_server_died(started, culprit, charged):
-    life = Life().accept()
-    if started:
-        life.hint(Sign.ALIVE)
-    lose(life, Presence.REFUSED, culprit=culprit)
-    assert (life.job.row.state, life.job.row.charged) == (State.QUEUED, charged)
-    assert dict(life.notes)["lost"] == {"cause": "restart", "charged": bool(charged)}
+def test_charged_is_what_can_only_have_killed_its_server(deaths, charged):
+    life, seen = Life(), []
+    for alone in deaths:
+        die(life, alone=alone)
+        seen.append(life.job.row.charged)
+    assert seen == charged
+    assert life.job.row.state is State.QUEUED
+    assert [data["charged"] for kind, data in life.notes if kind == "lost"] == [
+        after - before for before, after in itertools.pairwise([0, *charged])
+    ]
+
+
+def test_a_job_that_kills_its_servers_fails_after_three_deaths():
+    life = die(die(die(Life(), alone=False), alone=False), alone=False)
+    assert life.job.row.state is State.COLLECTING
+    assert life.job.row.outcome is not None
+    assert (life.job.row.outcome.reason, life.job.row.charged) == (Reason.LOST, 3)
 
 
 def test_a_prompt_deleted_by_someone_else_is_run_again_uncharged_once_then_charged():

@@ -71,7 +71,8 @@ class Rig:
             draw=lambda: 0.0,
         )
 
-    def perform(self, order: orders.JobOrder) -> None:
+    def perform(self, order: orders.JobOrder | orders.Fence) -> None:
+        assert not isinstance(order, orders.Fence)
         stored = self.disk.get(order.row.job)
         assert stored is not None, "an order before its commit"
         self.performed.append((self.clock.now_s() - WALL_S, order, stored.state))

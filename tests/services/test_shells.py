@@ -86,17 +86,20 @@ class Rig:
         return answer
 
     async def probe(self, asked: Sequence[orders.Probe | orders.Stop]) -> list[facts.Probed]:
-        send, receive = trio.open_memory_channel[Answer](len(asked))
-        prober = Prober(self.client, send.send_nowait)
+        send, receive = trio.open_memory_channel[facts.Probed](len(asked))
+
+        def tell(fact: Answer | facts.Fenced | facts.QueueLooked) -> None:
+            if isinstance(fact, facts.Probed):
+                send.send_nowait(fact)
+
+        prober = Prober(ServerName("s"), self.client, tell)
         for order in asked:
             prober.ask(order)
         answers: list[facts.Probed] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(prober.run)
             for _ in asked:
-                answer = await receive.receive()
-                assert isinstance(answer, facts.Probed)
-                answers.append(answer)
+                answers.append(await receive.receive())
             nursery.cancel_scope.cancel()
         return answers
 
