@@ -60,6 +60,7 @@ class Rig:
         self.auditor = Auditor(self.inbox, self.clock)
         self.performed: list[tuple[float, orders.JobOrder, State]] = []
         self.notes: list[Note] = []
+        self.refused = 0
         self.dispatcher = Dispatcher(
             self.engine,
             self.inbox,
@@ -68,8 +69,12 @@ class Rig:
             perform=self.perform,
             observe=self.notes.extend,
             on_deadline=self.auditor.set_deadline,
+            on_refused=self.refuse,
             draw=lambda: 0.0,
         )
+
+    def refuse(self) -> None:
+        self.refused += 1
 
     def perform(self, order: orders.JobOrder) -> None:
         stored = self.disk.get(order.row.job)
@@ -157,6 +162,7 @@ async def test_a_full_disk_is_a_pause(autojump_clock: MockClock) -> None:
         await rig.inbox.claim(rig.claim("fox"))
         await trio.sleep(5)
         assert waiting(rig)
+        assert rig.refused > 1
         assert rig.performed == []
         await trio.sleep(2)
         assert not waiting(rig)
