@@ -215,8 +215,15 @@ async def test_hints_come_before_the_queues_length_and_only_its_last_counts() ->
     inbox = Inbox(lambda prompt_id: True)
     for remaining in (3, 2, 0):
         inbox.put(QueueSeen(server=A, remaining=remaining))
+        inbox.put(facts.Health(server=A, ok=not remaining))
+        inbox.put(facts.QueueLooked(server=A, running=1, pending=remaining))
     inbox.hint(Hint(server=A, prompt_id=PromptId("p"), sign=Sign.ENDED))
-    assert [type(fact) for fact in inbox.take()] == [Hint, QueueSeen]
+    assert [type(fact) for fact in inbox.take()] == [
+        Hint,
+        QueueSeen,
+        facts.Health,
+        facts.QueueLooked,
+    ]
 
 
 async def test_claims_wait_for_room(autojump_clock: MockClock) -> None:
