@@ -15,7 +15,7 @@ Kind = Literal[
     "retry",  # operation, reason
     "audit",  # verdict
     "ended",  # source, missed: cause or None
-    "lost",  # cause, charged: bool
+    "lost",  # cause, charged: whether, or how many attempts are held against the job
     "finished",  # outcome, reason, durations
     "dropped",  # reason: a fact that was ignored
     "fetched",  # outputs, bytes
