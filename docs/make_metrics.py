@@ -46,11 +46,11 @@ def page() -> str:
         "",
         "Made from the code by `python docs/make_metrics.py`; do not edit.",
         "",
-        f"Names and meanings stay. `server` is {SERVER}. No label holds a job, a prompt, a file or a URL. Where values are"
-        f" listed, whatever else might come is counted as `{OTHER}`, and every listed series exists"
-        " at 0 from the start, so that it can be alerted on. A histogram has the usual `_bucket`,"
-        " `_sum` and `_count`; seconds and bytes are the only units. `process_*` and `python_info`"
-        " are those of every Python program.",
+        f"Names and meanings stay. `server` is {SERVER}. No label holds a job, a prompt, a file or"
+        f" a URL. Where values are listed, whatever else might come is counted as `{OTHER}`, and"
+        " every listed series exists at 0 from the start, so that it can be alerted on. A histogram"
+        " has the usual `_bucket`, `_sum` and `_count`; seconds and bytes are the only units."
+        " `process_*` and `python_info` are those of every Python program.",
         "",
         *_table("metric type meaning labels", about),
         "",

@@ -14,7 +14,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -40,7 +40,7 @@ def mount(*words: str) -> None:
     subprocess.run(["mount", *words], check=True, capture_output=True, text=True, timeout=10)
 
 
-def full() -> AbstractContextManager[object]:
+def full() -> pytest.RaisesExc[OSError]:
     return pytest.raises(OSError, check=lambda error: error.errno == errno.ENOSPC)
 
 
