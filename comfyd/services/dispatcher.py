@@ -143,12 +143,14 @@ class Dispatcher:
                 results = await self._journal.commit(stored)
             except DiskFull as error:
                 if not self.waits_for_space:
-                    _log.warning("waiting_for_space", problem=str(error))
+                    _log.warning("journal_waits_for_space", problem=str(error))
                 self.waits_for_space = True
                 self._on_refused()
                 await trio.sleep(FULL_DISK_RETRY_S)
                 continue
             break
+        if self.waits_for_space:
+            _log.info("journal_has_space_again")
         self.waits_for_space = False
         if not all(results):
             lost = [c.row.job for c, ok in zip(batch.changes, results, strict=True) if not ok]

@@ -96,10 +96,11 @@ class Overview:
         """One line for ``systemctl status``."""
         counts, servers = self._engine.counts, self._engine.servers.values()
         up = sum(bool(server.up) for server in servers)
-        return (
+        line = (
             f"{counts[State.SUBMITTED]} on servers, {counts[State.QUEUED]} waiting,"
             f" {up}/{len(servers)} servers up"
         )
+        return ". ".join(filter(None, [line, self._waiting()]))
 
     def _server(self, server: EngineServer, at: float) -> ServerView:
         watched = self._watched[server.name]
