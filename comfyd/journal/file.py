@@ -80,14 +80,14 @@ def _refusal(folder: Path) -> str:
 
     SQLite tells ENOSPC apart from other failed writes, but neither EDQUOT nor EROFS.
     """
-    probe = folder / ".space"
+    probe = folder / ".journal-space"
     try:
         fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             os.pwrite(fd, bytes(_PROBE_BYTES), 0)
         finally:
             os.close(fd)
-            probe.unlink()
+            probe.unlink(missing_ok=True)
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
             return os.strerror(error.errno)

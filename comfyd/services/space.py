@@ -80,7 +80,7 @@ class Disk:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
-                    probe.unlink()
+                    probe.unlink(missing_ok=True)
         except DiskFull as error:
             return f"Waiting for space: writing is refused ({error}); make room or raise the quota."
         return ""
