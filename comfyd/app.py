@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
 import structlog
@@ -27,7 +27,7 @@ from comfyd.core.model import JobId, ServerName, State
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server as EngineServer
 from comfyd.core.snapshot import Snapshot
-from comfyd.errors import SpoolBusy
+from comfyd.errors import DiskFull, SpoolBusy
 from comfyd.journal.lock import StateLock
 from comfyd.journal.sqlite import SqliteStore
 from comfyd.journal.store import Batch, Update
@@ -38,6 +38,7 @@ from comfyd.services.dispatcher import Auditor, Dispatcher
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
 from comfyd.services.overview import Overview, Watched, count_files
+from comfyd.services.space import Space, disks
 from comfyd.services.supervisor import supervise
 from comfyd.services.teller import Teller
 from comfyd.services.workshop import OrderFailed, Workshop
@@ -56,6 +57,9 @@ ADOPT: Final = 256  # files in claimed/ looked up at once
 LOCK_PATIENCE_S: Final = 3.0  # a reader holds the lock for a moment
 FAREWELL_S: Final = 4.0
 REFRESH_S: Final = 10.0
+START_AGAIN_S: Final = 5.0
+
+T = TypeVar("T")
 
 _log: Any = structlog.get_logger("comfyd")
 
@@ -108,6 +112,21 @@ async def _locked(config: Config) -> AsyncIterator[None]:
         yield
 
 
+async def _when_there_is_space(work: Callable[[], Awaitable[T]]) -> T:
+    """*work*, again and again while the disk is too full for it."""
+    told = False
+    while True:
+        try:
+            return await work()
+        except DiskFull as error:
+            if not told:
+                _log.warning("waiting_for_space", problem=str(error))
+            told = True
+            patience_us = f"{10 * START_AGAIN_S * 1e6:.0f}"
+            sdnotify.notify(STATUS=f"Waiting for space: {error}", EXTEND_TIMEOUT_USEC=patience_us)
+        await trio.sleep(START_AGAIN_S)
+
+
 async def run(
     config: Config,
     *,
@@ -124,19 +143,20 @@ async def run(
     """
     spool = Spool(config.spool)
     config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    await trio.to_thread.run_sync(spool.prepare)
+    await _when_there_is_space(partial(trio.to_thread.run_sync, spool.prepare))
     clock = Clock()
     metrics = Metrics(CollectorRegistry(), version=__version__)
     metrics.prepare([server.name for server in config.servers])
     metrics.config_read(ok=True, at=clock.now_s())
-    async with _locked(config):
+    async with _locked(config), contextlib.AsyncExitStack() as stack:
         open_store = partial(SqliteStore.open, config.state / "comfyd.db")
-        async with Journal(open_store, on_commit=metrics.journal_commit) as journal:
-            try:
-                await _run(config, spool, clock, metrics, journal, signals, task_status)
-            except* OrderFailed as group:
-                await _record_crash(journal, _jobs_at_hand(group))
-                raise
+        unopened = Journal(open_store, on_commit=metrics.journal_commit)
+        journal = await _when_there_is_space(partial(stack.enter_async_context, unopened))
+        try:
+            await _run(config, spool, clock, metrics, journal, signals, task_status)
+        except* OrderFailed as group:
+            await _record_crash(journal, _jobs_at_hand(group))
+            raise
 
 
 async def _run(
@@ -168,7 +188,8 @@ async def _run(
     crashed = not journal.opened_cleanly()
     if crashed:
         _log.warning("recovering", jobs=len(active))
-    await trio.to_thread.run_sync(delivery.reap, spool, {row.job for row in active})
+    reap = partial(delivery.reap, spool, {row.job for row in active})
+    await _when_there_is_space(partial(trio.to_thread.run_sync, reap))
     engine.load(
         active,
         crashed=crashed,
@@ -178,11 +199,13 @@ async def _run(
         settings=await journal.remembered(),
     )
 
+    space = Space(disks(config.spool, config.state, config.outputs.min_free_bytes), inbox.put)
+    await space.look()
     stopped = trio.Event()
     async with _closing(links.values()), trio.open_nursery() as nursery:
         if signals:
             await nursery.start(_stop_on_signal, nursery.cancel_scope)
-        workshop = Workshop(nursery, links, spool, config, inbox, metrics, clock)
+        workshop = Workshop(nursery, links, spool, config, inbox, metrics, clock, space)
         dispatcher = Dispatcher(
             engine,
             inbox,
@@ -191,6 +214,7 @@ async def _run(
             perform=workshop.perform,
             observe=Teller(metrics).tell,
             on_deadline=auditor.set_deadline,
+            on_refused=space.refused,
         )
         overview = Overview(
             engine,
@@ -199,7 +223,11 @@ async def _run(
             clock,
             version=__version__,
             watched={name: _watched(link) for name, link in links.items()},
-            waiting=lambda: "Waiting for space on a disk." if dispatcher.waits_for_space else "",
+            waiting=lambda: (
+                "Waiting for space to write the journal; make room, or raise the quota."
+                if dispatcher.waits_for_space
+                else space.waiting
+            ),
         )
         desk = Desk(journal, engine, inbox, dispatcher, overview)
         watched = trio.Event()
@@ -218,6 +246,7 @@ async def _run(
         for link in links.values():
             for task, body in link.tasks():
                 nursery.start_soon(partial(supervise, task, body, on_restart=metrics.task_restart))
+        nursery.start_soon(space.run)
         nursery.start_soon(auditor.run)
         nursery.start_soon(dispatcher.run)
         intake = Intake(
@@ -240,8 +269,12 @@ async def _run(
                 rescan_s=config.watch.rescan_s,
                 send=inbox.claim,
                 paused=lambda: (
-                    engine.paused or engine.active > ACTIVE_MAX or dispatcher.waits_for_space
+                    engine.paused
+                    or engine.active > ACTIVE_MAX
+                    or dispatcher.waits_for_space
+                    or bool(space.waiting)
                 ),
+                on_refused=space.refused,
                 on_pickup=metrics.spool_pickup,
                 on_unmovable=partial(metrics.spool_rejected, "unmovable"),
             )

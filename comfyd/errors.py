@@ -10,7 +10,7 @@ ComfydError
 │   ├── ServerUnreachable    connecting, reading or writing failed or took too long
 │   ├── ServerStatus         it answered with an HTTP status that is no answer to the question
 │   └── ServerProtocol       it answered, but not what the protocol allows
-├── DiskFull             a write was refused for lack of space; wait, nothing was changed
+├── DiskFull             a write was refused (full, quota, read-only); wait, nothing was changed
 ├── JournalError         the journal cannot be read or written; fail-stop (exit 70)
 │   └── JournalTooNew        written by a newer comfyd; nothing was touched (exit 78)
 └── ProtocolViolation    our own bug: a fact arrived that the state table does not allow (exit 70)
@@ -115,7 +115,7 @@ class ServerProtocol(ServerError):
 
 
 class DiskFull(ComfydError):
-    """A write was refused (ENOSPC, EDQUOT) and rolled back; try again when there is space."""
+    """A write was refused (disk full, over quota, read-only) and undone; try again later."""
 
 
 class JournalError(ComfydError):

@@ -8,9 +8,10 @@ the rest by the shell that sees it. Built once and passed down; tests build thei
 
 from __future__ import annotations
 
+import itertools
 import platform
-from collections.abc import Iterable
-from typing import Final, assert_never
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple, TypeVar, assert_never
 
 from prometheus_client import (
     CollectorRegistry,
@@ -44,18 +45,26 @@ FAILURES: Final = frozenset(reason.value for reason in Reason)
 SOURCES: Final = frozenset(source.value for source in Source)
 PHASES: Final = frozenset({"wait", "queue", "run", "collect", "total"})
 MISSED: Final = frozenset({"disconnected", "deaf", "silent"})
-OPERATIONS: Final = frozenset({"submit", "history", "completion", "download", "upload", "attempt"})
-RETRIES: Final = frozenset(
-    {
-        # how a request failed: see `reason_of`
-        "refused", "timeout", "unreachable", "status", "protocol", "disk",
-        # what an answer lacked
-        "empty", "error", "unreadable", "missing", "invalid", "server", "conflict",
-        # why an attempt was not the last
-        "restart", "absent", "abandoned", "outputs",
-    }
-)  # fmt: skip
+# What a request fails by: see `reason_of`.
+_REQUEST: Final = frozenset({"refused", "unreachable", "status", "protocol"})
+# By operation, since only these pairs happen.
+RETRIES: Final[Mapping[str, frozenset[str]]] = {
+    "submit": _REQUEST | {"timeout"},
+    "history": _REQUEST,
+    "completion": frozenset({"empty", "error", "unreadable", "conflict", "disk"}),
+    "download": _REQUEST | {"missing", "invalid", "server", "disk"},
+    "upload": _REQUEST | {"disk"},
+    "attempt": frozenset(
+        {
+            "restart", "absent", "abandoned", "outputs", "stalled",
+            "error", "rejected", "recalled", "conflict",
+        }
+    ),
+}  # fmt: skip
+OPERATIONS: Final = frozenset(RETRIES)
 FETCHES: Final = frozenset({"found", "empty", "error"})
+OLDEST: Final = frozenset({"queued", "submitted"})
+SERVER_STATES: Final = frozenset(state.value for state in ServerState)
 VERDICTS: Final = frozenset({"pending", "running", "finished", "absent", "unknown"})
 LOSSES: Final = frozenset({"restart", "absent", "abandoned", "outputs"})
 DROPS: Final = frozenset(
@@ -67,15 +76,8 @@ DROPS: Final = frozenset(
 CONNECTS: Final = frozenset({"ok", "refused", "timeout", "rejected", "error"})
 DISCONNECTS: Final = frozenset({"closed", "ping_timeout", "deaf", "error"})
 DIRECTORIES: Final = frozenset({"new", "claimed"})
-SPOOL_REJECTIONS: Final = frozenset(
-    {"invalid_job", "duplicate", "conflict", "not_a_file", "too_big", "unreadable", "unmovable"}
-)
-TASKS: Final = frozenset(
-    {
-        "tracker", "dispatcher", "submitter", "fetcher", "collector", "prober", "auditor",
-        "health", "watcher", "web", "control",
-    }
-)  # fmt: skip
+SPOOL_REJECTIONS: Final = frozenset({"invalid_job", "duplicate", "conflict", "unmovable"})
+TASKS: Final = frozenset({"tracker", "prober", "health"})  # the supervised ones
 TASK_ERRORS: Final = frozenset(
     {"ServerError", "ServerRefused", "ServerUnreachable", "ServerStatus", "ServerProtocol"}
 )
@@ -89,6 +91,31 @@ DEVICES_MAX: Final = 16
 LATENCIES_S: Final = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 DURATIONS_S: Final = (.1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 # fmt: on
+
+
+# Values that no set can list, in words.
+SERVER: Final = "a name from the configuration"
+SERVER_OR_NONE: Final = f"{SERVER}, or none if it was never sent"
+DEVICE: Final = "cpu, cuda:0, and the like"
+VERSION: Final = "a version"
+
+
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
+
+
+class Family(NamedTuple):
+    """One metric as declared.
+
+    Attributes:
+      labels: What each label may say besides ``other``: a closed set, or words for an open one.
+
+    """
+
+    name: str
+    kind: str
+    text: str
+    labels: Mapping[str, frozenset[str] | str]
+    metric: Counter | Gauge | Histogram
 
 
 def label(value: str | None, allowed: frozenset[str]) -> str:
@@ -130,6 +157,21 @@ def version_label(stats: SystemStats) -> str:
     return OTHER if numbers is None else ".".join(str(number) for number in numbers)
 
 
+def _zero(family: Family, server: str = "") -> None:
+    """Let every series that *family* can have (for *server*) start at 0, if they can be listed."""
+    sets: list[Iterable[str]] = []
+    for name, values in family.labels.items():
+        if name == "server":
+            sets.append([server])
+        elif isinstance(values, str):
+            return
+        else:
+            sets.append(values)
+    if sets:
+        for combination in itertools.product(*sets):
+            family.metric.labels(*combination)
+
+
 class Metrics:
     """See the module. Not thread-safe in `refresh` and `system`; the rest may be called anywhere.
 
@@ -146,17 +188,37 @@ class Metrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+        self.families: list[Family] = []
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(name, text, labels, registry=registry)
+        def declared(
+            metric: Metric,
+            kind: str,
+            name: str,
+            text: str,
+            labels: Mapping[str, frozenset[str] | str],
+        ) -> Metric:
+            self.families.append(Family(name, kind, text, labels, metric))
+            return metric
 
-        def histogram(name: str, text: str, bounds_s: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(name, text, labels, buckets=bounds_s, registry=registry)
+        def counter(name: str, text: str, **labels: frozenset[str] | str) -> Counter:
+            made = Counter(name, text, tuple(labels), registry=registry)
+            return declared(made, "counter", name, text, labels)
+
+        def gauge(name: str, text: str, **labels: frozenset[str] | str) -> Gauge:
+            made = Gauge(name, text, tuple(labels), registry=registry)
+            return declared(made, "gauge", name, text, labels)
+
+        def histogram(
+            name: str, text: str, bounds_s: tuple[float, ...], **labels: frozenset[str] | str
+        ) -> Histogram:
+            made = Histogram(name, text, tuple(labels), buckets=bounds_s, registry=registry)
+            return declared(made, "histogram", name, text, labels)
 
         self._build = gauge(
-            "comfyd_build_info", "1, with the versions of comfyd and Python.", "version", "python"
+            "comfyd_build_info",
+            "1, with the versions of comfyd and Python.",
+            version=VERSION,
+            python=VERSION,
         )
         self._reload_ok = gauge(
             "comfyd_config_last_reload_successful",
@@ -167,116 +229,168 @@ class Metrics:
             "When the configuration was last read successfully.",
         )
         self._up = gauge(
-            "comfyd_server_up", "Whether the last health probe of the server was good.", "server"
+            "comfyd_server_up",
+            "Whether the last health probe of the server was good.",
+            server=SERVER,
         )
         self._state = gauge(
-            "comfyd_server_state", "1 for the current state of the server.", "server", "state"
+            "comfyd_server_state",
+            "1 for the current state of the server.",
+            server=SERVER,
+            state=SERVER_STATES,
         )
         self._info = gauge(
-            "comfyd_server_info", "1, with ComfyUI's version and each of the server's devices.",
-            "server", "version", "device",
-        )  # fmt: skip
+            "comfyd_server_info",
+            "1, with ComfyUI's version and each of the server's devices.",
+            server=SERVER,
+            version=VERSION,
+            device=DEVICE,
+        )
         self._vram_free = gauge(
-            "comfyd_server_vram_free_bytes", "Free memory of a device.", "server", "device"
+            "comfyd_server_vram_free_bytes",
+            "Free memory of a device.",
+            server=SERVER,
+            device=DEVICE,
         )
         self._vram_total = gauge(
-            "comfyd_server_vram_total_bytes", "Memory of a device.", "server", "device"
+            "comfyd_server_vram_total_bytes", "Memory of a device.", server=SERVER, device=DEVICE
         )
         self._remaining = gauge(
             "comfyd_server_queue_remaining",
             "Prompts on the server by its own count, those of others included.",
-            "server",
+            server=SERVER,
         )
-        self._jobs = gauge("comfyd_jobs", "Jobs now in each state.", "state")
+        self._jobs = gauge("comfyd_jobs", "Jobs now in each state.", state=frozenset(LIVE_STATES))
         self._oldest = gauge(
             "comfyd_oldest_job_age_seconds",
             "Time since the oldest job in the state was claimed (submitted: running ones too).",
-            "state",
+            state=OLDEST,
         )
         self._stale = gauge(
-            "comfyd_stale_jobs", "Jobs on the server that have been silent too long.", "server"
+            "comfyd_stale_jobs", "Jobs on the server that have been silent too long.", server=SERVER
         )
         self._finished = counter(
-            "comfyd_jobs_finished_total", "Jobs that reached their end.", "server", "outcome"
+            "comfyd_jobs_finished_total",
+            "Jobs that reached their end.",
+            server=SERVER_OR_NONE,
+            outcome=OUTCOMES,
         )
         self._failures = counter(
-            "comfyd_job_failures_total", "Jobs that ended without a result.", "reason"
+            "comfyd_job_failures_total", "Jobs that ended without a result.", reason=FAILURES
         )
         self._durations = histogram(
-            "comfyd_job_duration_seconds", "Time finished jobs spent in each phase.", DURATIONS_S,
-            "phase",
-        )  # fmt: skip
+            "comfyd_job_duration_seconds",
+            "Time finished jobs spent in each phase.",
+            DURATIONS_S,
+            phase=PHASES,
+        )
         self._latency = histogram(
             "comfyd_completion_latency_seconds",
             "Time from the end signal to the published result.",
             LATENCIES_S,
         )
         self._completions = counter(
-            "comfyd_completions_total", "Prompts that ended, by how that was learnt.",
-            "server", "source",
-        )  # fmt: skip
+            "comfyd_completions_total",
+            "Prompts that ended, by how that was learnt.",
+            server=SERVER,
+            source=SOURCES,
+        )
         self._missed = counter(
-            "comfyd_missed_signals_total", "Prompts whose end signal did not reach us.",
-            "server", "cause",
-        )  # fmt: skip
+            "comfyd_missed_signals_total",
+            "Prompts whose end signal did not reach us.",
+            server=SERVER,
+            cause=MISSED,
+        )
         self._retries = counter(
-            "comfyd_retries_total", "Operations that were tried again.", "operation", "reason"
+            "comfyd_retries_total",
+            "Operations that were tried again.",
+            operation=OPERATIONS,
+            reason=frozenset().union(*RETRIES.values()),
         )
         self._fetches = histogram(
-            "comfyd_history_fetch_seconds", "Time of one history fetch, its retries included.",
-            LATENCIES_S, "result",
-        )  # fmt: skip
+            "comfyd_history_fetch_seconds",
+            "Time of one history fetch, its retries included.",
+            LATENCIES_S,
+            result=FETCHES,
+        )
         self._audits = counter(
-            "comfyd_audits_total", "Prompts looked up, by what was found.", "server", "verdict"
+            "comfyd_audits_total",
+            "Prompts looked up, by what was found.",
+            server=SERVER,
+            verdict=VERDICTS,
         )
         self._lost = counter(
-            "comfyd_attempts_lost_total", "Attempts given up, by cause.", "server", "cause"
+            "comfyd_attempts_lost_total",
+            "Attempts given up, by cause.",
+            server=SERVER,
+            cause=LOSSES,
         )
         self._charged = counter(
-            "comfyd_attempts_charged_total", "Attempts held against their job.", "server"
+            "comfyd_attempts_charged_total", "Attempts held against their job.", server=SERVER
         )
         self._dropped = counter(
-            "comfyd_facts_dropped_total", "Outdated answers, foreign or late hints.", "reason"
+            "comfyd_facts_dropped_total", "Outdated answers, foreign or late hints.", reason=DROPS
         )
         self._connected = gauge(
-            "comfyd_websocket_connected", "Whether the server's WebSocket is open.", "server"
+            "comfyd_websocket_connected", "Whether the server's WebSocket is open.", server=SERVER
         )
         self._connects = counter(
-            "comfyd_websocket_connects_total", "Attempts to connect.", "server", "result"
+            "comfyd_websocket_connects_total",
+            "Attempts to connect.",
+            server=SERVER,
+            result=CONNECTS,
         )
         self._disconnects = counter(
-            "comfyd_websocket_disconnects_total", "Connections that ended.", "server", "cause"
+            "comfyd_websocket_disconnects_total",
+            "Connections that ended.",
+            server=SERVER,
+            cause=DISCONNECTS,
         )
         self._messages = counter(
-            "comfyd_websocket_messages_total", "Messages received.", "server", "type"
+            "comfyd_websocket_messages_total",
+            "Messages received.",
+            server=SERVER,
+            type=MESSAGE_TYPES,
         )
         self._message_at = gauge(
             "comfyd_websocket_last_message_timestamp_seconds",
             "When the last message came; 0 before the first.",
-            "server",
+            server=SERVER,
         )
         self._spool_files = gauge(
-            "comfyd_spool_files", "Files and bundles in the spool, as last seen.", "directory"
+            "comfyd_spool_files",
+            "Files and bundles in the spool, as last seen.",
+            directory=DIRECTORIES,
         )
         self._spool_rejected = counter(
-            "comfyd_spool_rejected_total", "Dropped files that gave no job of their own.", "reason"
+            "comfyd_spool_rejected_total",
+            "Dropped files that gave no job of their own.",
+            reason=SPOOL_REJECTIONS,
         )
         self._pickup = histogram(
             "comfyd_spool_pickup_seconds", "Time from a complete file to its claim.", LATENCIES_S
         )
         self._free = gauge("comfyd_spool_free_bytes", "Space left on the spool's file system.")
-        self._outputs = counter("comfyd_outputs_total", "Output files fetched.", "server")
+        self._outputs = counter("comfyd_outputs_total", "Output files fetched.", server=SERVER)
         self._output_bytes = counter(
-            "comfyd_output_bytes_total", "Size of the output files fetched.", "server"
+            "comfyd_output_bytes_total", "Size of the output files fetched.", server=SERVER
         )
         self._commits = histogram(
             "comfyd_journal_commit_seconds", "Time of one group commit.", LATENCIES_S
         )
         self._restarts = counter(
-            "comfyd_task_restarts_total", "Restarts of supervised tasks.", "task", "error"
+            "comfyd_task_restarts_total",
+            "Restarts of supervised tasks.",
+            task=TASKS,
+            error=TASK_ERRORS,
         )
         self._build.labels(version, platform.python_version()).set(1)
-        self._zero()
+        for family in self.families:
+            if "server" not in family.labels and family.metric is not self._retries:
+                _zero(family)
+        for operation, reasons in RETRIES.items():
+            for reason in reasons:
+                self._retries.labels(operation, reason)
 
     def prepare(self, server_names: Iterable[str]) -> None:
         """Make *server_names* the only values of ``server``, and let their series start at 0.
@@ -284,60 +398,15 @@ class Metrics:
         After a reload the counters of servers that stay go on; those that are gone disappear.
         """
         names = frozenset(server_names)
-        by_server = (
-            self._up, self._state, self._info, self._vram_free, self._vram_total, self._remaining,
-            self._stale, self._finished, self._completions, self._missed, self._audits, self._lost,
-            self._charged, self._connected, self._connects, self._disconnects, self._messages,
-            self._message_at, self._outputs, self._output_bytes,
-        )  # fmt: skip
-        for gone in self._servers - names:
-            for metric in by_server:
-                metric.remove_by_labels({"server": gone})
+        by_server = [family for family in self.families if "server" in family.labels]
+        for family in by_server:
+            for gone in self._servers - names:
+                family.metric.remove_by_labels({"server": gone})
+            for name in names:
+                _zero(family, name)
+        for outcome in OUTCOMES:
+            self._finished.labels(NONE, outcome)
         self._servers = names
-        for name in names:
-            for one in (self._up, self._remaining, self._stale, self._connected, self._message_at):
-                one.labels(name)
-            for count in (self._charged, self._outputs, self._output_bytes):
-                count.labels(name)
-            for state in ServerState:
-                self._state.labels(name, state.value)
-            for counter, values in (
-                (self._completions, SOURCES),
-                (self._missed, MISSED),
-                (self._audits, VERDICTS),
-                (self._lost, LOSSES),
-                (self._connects, CONNECTS),
-                (self._disconnects, DISCONNECTS),
-                (self._messages, MESSAGE_TYPES),
-            ):
-                for value in values:
-                    counter.labels(name, value)
-        for name in (*names, NONE):
-            for outcome in OUTCOMES:
-                self._finished.labels(name, outcome)
-
-    def _zero(self) -> None:
-        """Series that do not depend on the servers: absent ones could not be alerted on."""
-        for state in LIVE_STATES:
-            self._jobs.labels(state)
-        for state in ("queued", "submitted"):
-            self._oldest.labels(state)
-        for reason in FAILURES:
-            self._failures.labels(reason)
-        for phase in PHASES:
-            self._durations.labels(phase)
-        for result in FETCHES:
-            self._fetches.labels(result)
-        for reason in DROPS:
-            self._dropped.labels(reason)
-        for directory in DIRECTORIES:
-            self._spool_files.labels(directory)
-        for reason in SPOOL_REJECTIONS:
-            self._spool_rejected.labels(reason)
-        for operation in OPERATIONS:
-            self._retries.labels(operation, "unreachable")
-        for task in TASKS:
-            self._restarts.labels(task, "ServerUnreachable")
 
     def _server(self, name: str | None) -> str:
         return NONE if name is None else label(name, self._servers)
@@ -359,7 +428,7 @@ class Metrics:
                         self.retry("attempt", before[1])
                 case "retry":
                     self.retry(data["operation"], data["reason"])
-                    lost = before
+                    lost = None if data["operation"] == "attempt" else before
                 case "audit":
                     # A refusal, or an answer that cannot be read, proves nothing by itself.
                     unclear = data["verdict"] in {"refused", "unreadable"}
@@ -403,7 +472,7 @@ class Metrics:
         """Set every gauge that says what is so now; called before each scrape is answered."""
         for state in LIVE_STATES:
             self._jobs.labels(state).set(snapshot.counts.get(state, 0))
-        for state in ("queued", "submitted"):
+        for state in OLDEST:
             self._oldest.labels(state).set(snapshot.oldest_age_s(state))
         for view in snapshot.servers:
             if view.name not in self._servers:
@@ -466,11 +535,12 @@ class Metrics:
         self._fetches.labels(known).observe(seconds)
 
     def retry(self, operation: str, reason: str) -> None:
-        """Something is tried again: one of OPERATIONS, one of RETRIES (see `reason_of`).
+        """Something is tried again: an operation of RETRIES, for one of its reasons.
 
         The core's notes count their own; shells count the tries they make by themselves.
         """
-        self._retries.labels(label(operation, OPERATIONS), label(reason, RETRIES)).inc()
+        reasons = RETRIES.get(operation, frozenset())
+        self._retries.labels(label(operation, OPERATIONS), label(reason, reasons)).inc()
 
     def journal_commit(self, seconds: float) -> None:
         """One group commit took so long."""

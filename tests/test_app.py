@@ -12,9 +12,9 @@ import trio
 from comfyd import app, config
 from comfyd.config import Config
 from comfyd.core.model import JobId, Row, State, prompt_id_of
-from comfyd.errors import ConfigError, SpoolBusy
-from comfyd.journal.sqlite import open_readonly
-from comfyd.services import submitter
+from comfyd.errors import ConfigError, DiskFull, SpoolBusy
+from comfyd.journal.sqlite import SqliteStore, open_readonly
+from comfyd.services import space, submitter
 from comfyd.services.workshop import OrderFailed
 from comfyd.simulator import Simulator
 from comfyd.spool.layout import Spool, drop
@@ -74,6 +74,45 @@ async def test_a_job_goes_through_and_the_end_is_orderly(tmp_path, nursery):
     row = stored(configured, job)
     assert (row.state, row.retired) == (State.DONE, True)  # the last, lazy change was flushed
     assert dict(simulator.executions) == {row.prompt_id: 1}
+
+
+async def test_below_the_reserve_files_stay_in_new_and_it_says_why(tmp_path, nursery, monkeypatch):
+    free = [0]
+    monkeypatch.setattr(space, "free_bytes", lambda found: free[0])
+    monkeypatch.setattr(space, "LOOK_S", 0.05)
+    simulator = Simulator(run_s=0.0)
+    url = await nursery.start(simulator.serve, 0)
+    configured = settings(tmp_path, url, watch="{settle: 100ms}")
+    spool = Spool(configured.spool)
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        job = await trio.to_thread.run_sync(drop, spool, "fox.json", json.dumps(GRAPH).encode())
+        await trio.sleep(0.5)
+        assert (spool.new / f"{job}.json").exists()
+        waiting = (await daemon.snapshot()).waiting
+        assert waiting.startswith(f"Waiting for space: the file system of {spool.root} has 0 bytes")
+        free[0] = 1 << 40
+        await until((spool.done / job / "result.json").exists)
+        assert (await daemon.snapshot()).waiting == ""
+        daemon.stop()
+
+
+async def test_a_disk_too_full_to_start_is_waited_for(tmp_path, nursery, monkeypatch):
+    monkeypatch.setattr(app, "START_AGAIN_S", 0.05)
+    real, full = SqliteStore.open, [2]
+
+    def refuse(path):
+        if full[0]:
+            full[0] -= 1
+            raise DiskFull("no space left")
+        return real(path)
+
+    monkeypatch.setattr(SqliteStore, "open", refuse)
+    configured = settings(tmp_path, "http://127.0.0.1:9")
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        assert full == [0]
+        daemon.stop()
 
 
 async def test_a_second_daemon_on_the_same_spool_is_refused(tmp_path, nursery, monkeypatch):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_page_of_job_states_is_what_the_table_makes():
-    spec = importlib.util.spec_from_file_location("make", DOCS / "make_job_states.py")
+@pytest.mark.parametrize(
+    ("page", "maker"), [("job-states.md", "make_job_states.py"), ("metrics.md", "make_metrics.py")]
+)
+def test_a_generated_page_is_what_the_code_makes(page, maker):
+    spec = importlib.util.spec_from_file_location("make", DOCS / maker)
     assert spec is not None
     assert spec.loader is not None
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    committed = (DOCS / "job-states.md").read_text(encoding="utf-8")
-    assert committed == make.page(), "run: python docs/make_job_states.py"
+    committed = (DOCS / page).read_text(encoding="utf-8")
+    assert committed == make.page(), f"run: python docs/{maker}"
 
 
 def test_every_decision_is_in_the_index():

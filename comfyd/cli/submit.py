@@ -172,7 +172,7 @@ def _drop(spool: Spool, prepared: list[Prepared], *, quiet: bool) -> list[str]:
         if jobs:
             say(f"comfyd: {len(jobs)} of {len(prepared)} jobs were submitted, the rest was not")
         if isinstance(error, DiskFull):
-            raise
+            raise DiskFull(f"nothing more was submitted: {error}; submit again later") from error
         problem = f"you may not write to {error.filename}: join the group of {spool.new}"
         raise ConfigError("spool", problem) from None
     return jobs

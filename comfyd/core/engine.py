@@ -77,6 +77,9 @@ from comfyd.core.orders import Fence as FenceOrder
 from comfyd.core.policy import Policy, exponential_s
 from comfyd.core.server import Server
 
+# Results that wait for a server or a disk: more would only wait with them.
+COLLECTING_MAX: Final = 2048
+
 # Names under which the journal remembers what persons asked for.
 PAUSED: Final = "paused"
 DRAINING: Final = "draining"
@@ -506,7 +509,7 @@ class Engine:
             self._picked = False
         if self._picky and not self._picked:
             self._give_up_picky(now_s, u)
-        if self.space:
+        if self.space and self.counts[State.COLLECTING] < COLLECTING_MAX:
             self._assign(now_s, u)
             self._recall(now_s, u)
         if now_s >= self._next_delayed_s:

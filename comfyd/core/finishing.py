@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 
 from comfyd.core.facts import (
@@ -18,6 +20,7 @@ from comfyd.core.facts import (
 from comfyd.core.job import (
     Ask,
     Context,
+    Doubted,
     Job,
     Step,
     durations_s,
@@ -34,6 +37,7 @@ from comfyd.core.moves import (
     failure,
     hold_as,
     is_abandoned,
+    issue,
     move,
     noted,
     plan,
@@ -54,7 +58,8 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
     """An output that is gone is made again; a server or a disk is waited for."""
     row, policy = job.row, ctx.policy
     assert row.outcome is not None
-    retry = noted(job, "retry", operation="download", reason=fact.cause.value)
+    on_disk = fact.cause is Uncollected.DISK  # which is no place for telling it again and again
+    retry = noted(job, "retry", story=not on_disk, operation="download", reason=fact.cause.value)
     if fact.cause in {Uncollected.MISSING, Uncollected.INVALID} and row.outcome.state is State.DONE:
         charged = row.charged + 1
         lost = noted(job, "lost", cause="outputs", charged=1)
@@ -78,6 +83,13 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
             return requeue(job, ctx, retry, lost)
     delay_s = exponential_s(job.live.tries, policy.retry_first_s, policy.retry_max_s, u=ctx.u)
     return Step(plan(job, Ask.COLLECT, ctx.now_s + delay_s), notes=(retry,), urgent=False)
+
+
+def at_once(job: Job, fact: Doubted, ctx: Context) -> Step:
+    """What it waited for may be there by now: do what was planned for later."""
+    if job.live.order is not None:
+        return Step(job, urgent=False)
+    return replace(issue(job, job.live.look), urgent=False)
 
 
 def _bare(row: Row) -> Record | None:
@@ -122,7 +134,8 @@ def _publish_again(job: Job, reason: str, ctx: Context) -> Step:
     delay_s = exponential_s(
         job.live.tries, ctx.policy.retry_first_s, ctx.policy.retry_max_s, u=ctx.u
     )
-    retry = noted(job, "retry", operation="completion", reason=reason)
+    story = reason != "disk"
+    retry = noted(job, "retry", story=story, operation="completion", reason=reason)
     return Step(plan(job, Ask.PUBLISH, ctx.now_s + delay_s), notes=(retry,), urgent=False)
 
 

@@ -171,15 +171,19 @@ class Fleet:
 
     def place(self, row: Row, open_: Iterable[ServerName]) -> Server | None:
         """The least loaded of *open_* that may take this job."""
-        best: tuple[float, Server] | None = None
+        best: tuple[tuple[bool, float], Server] | None = None
         for name in open_:
             server = self.servers[name]
             ours = len(self.on_server[name])
             if verdicts.has_said(row, name, server.origin) or (row.deaths and ours):
                 continue
-            share = max(ours, server.remaining) / server.room(self.policy)
-            if best is None or share < best[0]:
-                best = share, server
+            # Where prompts wait and none was seen to run, only if there is nowhere else.
+            rank = (
+                server.idle_since_s is not None,
+                max(ours, server.remaining) / server.room(self.policy),
+            )
+            if best is None or rank < best[0]:
+                best = rank, server
         return None if best is None else best[1]
 
     def reserve(self, row: Row, now_s: float) -> ServerName | None:
@@ -200,6 +204,7 @@ class Fleet:
             if self.is_usable(server, now_s)
             and not self.on_server[server.name]
             and not server.remaining
+            and server.idle_since_s is None
         ]
 
 

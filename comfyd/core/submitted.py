@@ -202,7 +202,7 @@ def recorded(job: Job, record: Record, ctx: Context) -> Step:
     else:
         outcome = completion.judge(row, record)
     notes = (ended, *blamed(job, outcome, record, ctx))
-    if why is None and ctx.elsewhere and verdicts.asks_elsewhere(row, outcome):
+    if final_why(row) is None and ctx.elsewhere and verdicts.asks_elsewhere(row, outcome):
         return try_elsewhere(job, outcome, ctx, *notes)
     return collect_as(
         job,
@@ -410,7 +410,7 @@ def late_success(job: Job, fact: LateSuccess, ctx: Context) -> Step:
     return collect_as(job, outcome, ctx, ended, abandoned=abandoned, started_at=None, **kept)
 
 
-def look(job: Job, fact: Due | CheckAsked | Doubted, ctx: Context) -> Step:
+def look(job: Job, fact: Due | CheckAsked, ctx: Context) -> Step:
     """A planned look, or a person, says look: give the planned order."""
     if isinstance(fact, Due) and ctx.now_s < job.live.look_s:
         return Step(job, urgent=False)  # the plan has changed since

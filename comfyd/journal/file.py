@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from comfyd.errors import DiskFull, JournalError, JournalTooNew, SpoolBusy
 from comfyd.journal.schema import APPLICATION_ID, VERSION
+
+_PROBE_BYTES: Final = 64 << 10
 
 
 def connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
@@ -59,6 +62,10 @@ def translate(path: Path, error: sqlite3.Error) -> DiskFull | SpoolBusy | Journa
     match code & 0xFF:  # the rest tells the same error more precisely
         case sqlite3.SQLITE_FULL:
             return DiskFull(f"{path}: no space left to write the journal")
+        case sqlite3.SQLITE_IOERR if code == sqlite3.SQLITE_IOERR_WRITE and (
+            why := _refusal(path.parent)
+        ):
+            return DiskFull(f"{path}: the journal cannot be written: {why}")
         case sqlite3.SQLITE_BUSY:
             return SpoolBusy(f"{path}: another program has the journal open; close it")
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
@@ -66,6 +73,25 @@ def translate(path: Path, error: sqlite3.Error) -> DiskFull | SpoolBusy | Journa
         case _:
             name = getattr(error, "sqlite_errorname", type(error).__name__)
             return JournalError(f"{path}: the journal cannot be used: {error} ({name})")
+
+
+def _refusal(folder: Path) -> str:
+    """Why a write there is refused, if it is for want of space, quota or permission to write.
+
+    SQLite tells ENOSPC apart from other failed writes, but neither EDQUOT nor EROFS.
+    """
+    probe = folder / ".journal-space"
+    try:
+        fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, bytes(_PROBE_BYTES), 0)
+        finally:
+            os.close(fd)
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+            return os.strerror(error.errno)
+    return ""
 
 
 def damaged(path: Path, finding: str) -> str:

@@ -66,7 +66,8 @@ class StateLock:
         if self._fd is not None:
             msg = f"{self._path} is already held by this object"
             raise RuntimeError(msg)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        # Not for writing: that would keep the file system from being remounted read-only.
+        flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(self._path, flags, 0o600)
         try:
             fcntl.flock(fd, mode | fcntl.LOCK_NB)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Self
@@ -208,7 +208,8 @@ class SqliteStore:
     def close(self, *, clean: bool = True) -> None:
         try:
             if clean and self._writable and not self._broken:
-                with self._transaction():
+                # Without space for the mark the end looks like a crash, and is dealt with as one.
+                with suppress(DiskFull), self._transaction():
                     self._db.execute("UPDATE owner SET closed = 1")
         finally:
             self._db.close()
@@ -297,7 +298,7 @@ class SqliteStore:
     def _transaction(self) -> Iterator[None]:
         """All or nothing, durable at the end.
 
-        SQLITE_FULL means that a page did not fit, be it when a statement allocated it or when
+        DiskFull means that a page could not be written, be it when a statement allocated it or when
         COMMIT appended it to the WAL: the commit frame, which is last, is incomplete, and the next
         transaction overwrites it. Were it complete by accident, a crash right now would look like
         one right after COMMIT, and nobody has acted on either. So it is a refusal. Every other

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
+import structlog
 import trio
 
 from comfyd.core.engine import Batch as EngineBatch
@@ -24,6 +25,8 @@ from comfyd.services.inbox import Inbox
 LAZY_S: Final = 1.0
 FULL_DISK_RETRY_S: Final = 2.0
 
+_log: Any = structlog.get_logger("comfyd.dispatcher")
+
 
 class Dispatcher:
     """See the module.
@@ -32,6 +35,7 @@ class Dispatcher:
       perform: Starts carrying out an order, without blocking; its answer comes by the inbox.
       observe: Is told every note once what it tells of is committed.
       on_deadline: Is told when the engine next wants a Tick (the clock's seconds; inf for never).
+      on_refused: Is told that the journal's disk refused a commit, which is then tried again.
 
     Cancellation of `run`: while it waits for facts or for space on the disk. A commit is never
     cut short, and what was not committed was not acted on.
@@ -48,6 +52,7 @@ class Dispatcher:
         perform: Callable[[JobOrder | Fence], None],
         observe: Callable[[Iterable[Note]], None],
         on_deadline: Callable[[float], None],
+        on_refused: Callable[[], None] = lambda: None,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._engine = engine
@@ -57,6 +62,7 @@ class Dispatcher:
         self._perform = perform
         self._observe = observe
         self._on_deadline = on_deadline
+        self._on_refused = on_refused
         self._draw = draw
         self._waiting = EngineBatch()  # changes that ride with the next commit
         self._lazy_since_s = math.inf
@@ -154,11 +160,16 @@ class Dispatcher:
         while True:
             try:
                 results = await self._journal.commit(stored)
-            except DiskFull:
+            except DiskFull as error:
+                if not self.waits_for_space:
+                    _log.warning("journal_waits_for_space", problem=str(error))
                 self.waits_for_space = True
+                self._on_refused()
                 await trio.sleep(FULL_DISK_RETRY_S)
                 continue
             break
+        if self.waits_for_space:
+            _log.info("journal_has_space_again")
         self.waits_for_space = False
         if not all(results):
             refused = [str(c) for c, ok in zip(stored.changes, results, strict=True) if not ok]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -25,7 +25,7 @@ from comfyd.core.facts import (
     Uncollected,
 )
 from comfyd.core.facts import Retired as RetiredFact
-from comfyd.core.model import FileRef, Row, Staged, State
+from comfyd.core.model import FileRef, JobId, Row, Staged, State
 from comfyd.core.orders import Collect, Fetch, Publish, Retire
 from comfyd.core.policy import linear_s
 from comfyd.core.result import Output, manifest
@@ -38,7 +38,7 @@ from comfyd.spool.delivery import (
     publish,
     retire,
 )
-from comfyd.spool.layout import Spool, full_disk_told
+from comfyd.spool.layout import Spool, free_bytes, full_disk_told
 
 # A file that is not there, or is wrong, is asked for so often before that is believed.
 _TRIES: Final = 3
@@ -111,6 +111,8 @@ async def collect(
     *,
     now_s: Callable[[], float],
     on_retry: Callable[[ServerError], None],
+    short: MutableMapping[JobId, int],
+    waiting: Callable[[], str],
 ) -> Answer:
     """Download and verify what the record names, add what was submitted, and stage it all.
 
@@ -119,12 +121,20 @@ async def collect(
 
     Args:
       client: Of the server that ran it; None if there is nothing to fetch, or no such server.
+      short: For jobs that wait for space, the bytes of outputs that were not enough: kept here, so
+        that nothing is fetched again before there is more room than that.
+      waiting: Why nothing is to be fetched now, as a sentence; "" if it may.
 
     """
     row = order.row
     assert row.outcome is not None
+    short_bytes, stage = short.pop(row.job, 0), None
     try:
-        stage, room_bytes = await trio.to_thread.run_sync(_begin, spool, row, limits)
+        if _wanted(row, include_temp=limits.include_temp):  # cheap first: this may go on for days
+            if problem := waiting():
+                raise DiskFull(problem)
+            await trio.to_thread.run_sync(_check_room, spool, limits, short_bytes)
+        stage = await trio.to_thread.run_sync(Stage.begin, spool, row.job)
         warnings: list[str] = []
         outputs: list[Output] = []
         counted: Counter[str] = Counter()
@@ -136,11 +146,7 @@ async def collect(
                     raise _Unobtainable(
                         Uncollected.SERVER, f"server {row.server} is not configured"
                     )
-                output = await _obtain(
-                    ref, index, stage, client, limits.max_bytes, room_bytes, on_retry
-                )
-                room_bytes -= output.bytes
-                outputs.append(output)
+                outputs.append(await _obtain(ref, index, stage, client, limits, on_retry))
             except _Unobtainable as error:
                 if row.outcome.state is State.DONE or error.cause is Uncollected.SERVER:
                     return CollectFailed(
@@ -149,6 +155,9 @@ async def collect(
                 warnings.append(error.message)
         staged = await trio.to_thread.run_sync(_finish, stage, row, outputs, warnings, now_s())
     except DiskFull as error:
+        if stage is not None:  # another job may fit where this one does not
+            short_bytes = await trio.to_thread.run_sync(_given_up, stage)
+        short[row.job] = short_bytes
         return CollectFailed(token=order.token, cause=Uncollected.DISK, message=str(error))
     return Collected(token=order.token, staged=staged)
 
@@ -166,8 +175,7 @@ async def _obtain(
     index: int,
     stage: Stage,
     client: Client,
-    max_bytes: int,
-    room_bytes: int,
+    limits: Limits,
     on_retry: Callable[[ServerError], None],
 ) -> Output:
     """One file, downloaded and checked; its part lies in the stage."""
@@ -175,7 +183,7 @@ async def _obtain(
     while True:
         tries += 1
         try:
-            return await _download(ref, index, stage, client, max_bytes, room_bytes)
+            return await _download(ref, index, stage, client, limits)
         except ServerError as error:
             problem = _judged(ref, error)
             if tries >= _TRIES or problem.cause is Uncollected.SERVER:
@@ -202,33 +210,34 @@ def _judged(ref: FileRef, error: ServerError) -> _Unobtainable:
 
 
 async def _download(
-    ref: FileRef, index: int, stage: Stage, client: Client, max_bytes: int, room_bytes: int
+    ref: FileRef, index: int, stage: Stage, client: Client, limits: Limits
 ) -> Output:
     part = stage.part_path("download")
-    with _opened(part, room_bytes) as file:
-        got = await client.view(ref, file.write, max_bytes=max_bytes)
+    with _opened(part, limits.min_free_bytes) as file:
+        got = await client.view(ref, file.write, max_bytes=limits.max_bytes)
     wrong = looks_wrong(ref.filename, got.head)
     if wrong is not None:
         raise _Unobtainable(
             Uncollected.INVALID, f"Output {ref.filename!r} of node {ref.node} is wrong: {wrong}."
         )
     name = local_name(ref.node, index, ref.filename, got.head)
-    part.rename(stage.part_path(name))
+    with full_disk_told():
+        part.rename(stage.part_path(name))
     return Output(ref=ref, file=name, bytes=got.size_bytes, sha256=got.sha256)
 
 
 class _File:
     """A part file whose writes tell a full disk apart, before it is quite full."""
 
-    def __init__(self, fd: int, room_bytes: int) -> None:
+    def __init__(self, fd: int, min_free_bytes: int) -> None:
         self._fd = fd
-        self._room_bytes = room_bytes
+        self._min_free_bytes = min_free_bytes
 
     def write(self, chunk: bytes) -> None:
-        self._room_bytes -= len(chunk)
-        if self._room_bytes < 0:
-            raise DiskFull("the file would take space that outputs.min_free_bytes keeps")
         with full_disk_told():
+            # Asked anew for each piece, microseconds: others write here too.
+            if free_bytes(os.fstatvfs(self._fd)) - len(chunk) < self._min_free_bytes:
+                raise DiskFull("the outputs would take space that outputs.min_free_bytes keeps")
             view = memoryview(chunk)
             while view:
                 view = view[os.write(self._fd, view) :]
@@ -240,19 +249,24 @@ class _File:
         os.close(self._fd)
 
 
-def _opened(part: Path, room_bytes: int) -> _File:
+def _opened(part: Path, min_free_bytes: int) -> _File:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    return _File(os.open(part, flags, 0o600), room_bytes)
+    with full_disk_told():
+        return _File(os.open(part, flags, 0o600), min_free_bytes)
 
 
-def _begin(spool: Spool, row: Row, limits: Limits) -> tuple[Stage, int]:
-    """An empty stage, and how many bytes of outputs may go into it."""
-    stage = Stage.begin(spool, row.job)
-    found = os.statvfs(stage.path)
-    room_bytes = found.f_bavail * found.f_frsize - limits.min_free_bytes
-    if room_bytes <= 0 and _wanted(row, include_temp=limits.include_temp):
-        raise DiskFull("less space is free than outputs.min_free_bytes keeps")
-    return stage, room_bytes
+def _check_room(spool: Spool, limits: Limits, short_bytes: int) -> None:
+    """Raise DiskFull unless more than *short_bytes* may be taken. Blocking."""
+    if free_bytes(os.statvfs(spool.stage)) - limits.min_free_bytes <= short_bytes:
+        raise DiskFull("less space is free than the outputs need besides outputs.min_free_bytes")
+
+
+def _given_up(stage: Stage) -> int:
+    """Make room; how many bytes the outputs had taken. Blocking."""
+    try:
+        return stage.clear()
+    except DiskFull:
+        return 0  # read-only: nothing can be said of its size
 
 
 def _finish(
@@ -286,7 +300,12 @@ def show(order: Publish, spool: Spool) -> Answer:
 
 
 def clear(order: Retire, spool: Spool, on_left: Callable[[str], None]) -> Answer:
-    """Remove the claimed file. Blocking. *on_left* is told what had to be left, if anything."""
+    """Remove the claimed file. Blocking. *on_left* is told what had to be left, if anything.
+
+    Raises:
+      DiskFull: The disk takes no changes now.
+
+    """
     left = retire(spool, order.row)
     if left:
         on_left(left)

@@ -8,7 +8,7 @@ from typing import Final
 
 import trio
 
-from comfyd.core.facts import Claimed, Fact, Hint, QueueSeen, Sign
+from comfyd.core.facts import Claimed, Fact, Health, Hint, QueueLooked, QueueSeen, Sign
 from comfyd.core.model import PromptId, ServerName
 
 # One batch, one commit: large enough to share an fsync, small enough to keep latency low.
@@ -24,7 +24,8 @@ class Inbox:
 
     Bounds: answers, one an outstanding order; hints, the strongest one a prompt in flight, so an
     end is never dropped and floods of progress collapse; news of servers, a few a connection
-    attempt, and of a queue's length only the last; claims, CLAIMS.
+    attempt, and of a queue's length or a server's health only the last, however long a full disk
+    keeps the dispatcher waiting; claims, CLAIMS.
 
     Args:
       is_ours: Whether a prompt id is one of ours at hand; hints about others are refused.
@@ -35,15 +36,15 @@ class Inbox:
         self._is_ours = is_ours
         self._facts: deque[Fact] = deque()
         self._hints: dict[PromptId, Hint] = {}
-        self._remaining: dict[ServerName, QueueSeen] = {}
+        self._latest: dict[tuple[type, ServerName], QueueSeen | QueueLooked | Health] = {}
         self._claims: deque[Claimed] = deque()
         self._mail = trio.Event()
         self._room = trio.Event()
 
     def put(self, fact: Fact) -> None:
         """Leave an answer, a person's wish, or news."""
-        if isinstance(fact, QueueSeen):
-            self._remaining[fact.server] = fact
+        if isinstance(fact, QueueSeen | QueueLooked | Health):
+            self._latest[type(fact), fact.server] = fact
         else:
             self._facts.append(fact)
         self._mail.set()
@@ -81,8 +82,8 @@ class Inbox:
         for prompt_id in list(self._hints)[: BATCH - len(taken)]:
             taken.append(self._hints.pop(prompt_id))
         # After the hints: an empty queue is only a reason to doubt what has not ended by now.
-        taken += self._remaining.values()
-        self._remaining.clear()
+        taken += self._latest.values()
+        self._latest.clear()
         while self._claims and len(taken) < BATCH:
             taken.append(self._claims.popleft())
         if len(self._claims) < CLAIMS:

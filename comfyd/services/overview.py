@@ -20,7 +20,7 @@ from comfyd.core.snapshot import JOBS_MAX, JobView, ServerState, ServerView, Sna
 from comfyd.core.wire.stats import SystemStats
 from comfyd.journal.thread import Journal
 from comfyd.services.clock import Clock
-from comfyd.spool.layout import Spool
+from comfyd.spool.layout import Spool, free_bytes
 
 # Files in a folder are counted up to here: more is just "many", and counting must stay cheap.
 COUNT_MAX: Final = 100_000
@@ -96,10 +96,11 @@ class Overview:
         """One line for ``systemctl status``."""
         counts, servers = self._engine.counts, self._engine.servers.values()
         up = sum(bool(server.up) for server in servers)
-        return (
+        line = (
             f"{counts[State.SUBMITTED]} on servers, {counts[State.QUEUED]} waiting,"
             f" {up}/{len(servers)} servers up"
         )
+        return ". ".join(filter(None, [line, self._waiting()]))
 
     def _server(self, server: EngineServer, at: float) -> ServerView:
         watched = self._watched[server.name]
@@ -143,8 +144,7 @@ class Overview:
 
 
 def _free_bytes(spool: Spool) -> int:
-    found = os.statvfs(spool.root)
-    return found.f_bavail * found.f_frsize
+    return free_bytes(os.statvfs(spool.root))
 
 
 def count_files(spool: Spool) -> dict[str, int]:

@@ -11,19 +11,31 @@ import trio
 
 from comfyd.config import Config
 from comfyd.core import orders
-from comfyd.core.facts import Answer, Fetched, FetchResult, NotSent, Presence, Probed
+from comfyd.core.facts import (
+    Answer,
+    CollectFailed,
+    Fetched,
+    FetchResult,
+    NotSent,
+    Presence,
+    Probed,
+    PublishDelayed,
+    Uncollected,
+)
 from comfyd.core.model import JobId, Row, ServerName
-from comfyd.errors import ServerError
+from comfyd.errors import DiskFull, ServerError
 from comfyd.metrics import Metrics, reason_of
 from comfyd.services import fetcher, submitter
 from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
+from comfyd.services.space import Space
 from comfyd.spool.layout import Spool
 
 # Results put together at once: downloads overlap, and the disk is not asked for more.
 COLLECTS: Final = 8
 FETCHES: Final = 8
+RETIRE_AGAIN_S: Final = 10.0
 
 _log: Any = structlog.get_logger("comfyd.workshop")
 
@@ -53,6 +65,7 @@ class Workshop:
         inbox: Inbox,
         metrics: Metrics,
         clock: Clock,
+        space: Space,
     ) -> None:
         self._nursery = nursery
         self._links = links
@@ -66,6 +79,8 @@ class Workshop:
             min_free_bytes=config.outputs.min_free_bytes,
             include_temp=config.outputs.include_temp,
         )
+        self._space = space
+        self._short: dict[JobId, int] = {}
         self._fetches = trio.CapacityLimiter(FETCHES)
         self._collects = trio.CapacityLimiter(COLLECTS)
 
@@ -90,6 +105,11 @@ class Workshop:
             answer = await self._answer(order, link)
         except Exception as error:
             raise OrderFailed(order.row.job) from error
+        match answer:
+            case CollectFailed(cause=Uncollected.DISK) | PublishDelayed():
+                self._space.refused()
+            case _:
+                pass
         self._inbox.put(answer)
 
     async def _answer(self, order: orders.JobOrder, link: Link | None) -> Answer:
@@ -103,11 +123,13 @@ class Workshop:
                         self._limits,
                         now_s=self._clock.now_s,
                         on_retry=partial(self._retried, "download"),
+                        short=self._short,
+                        waiting=lambda: self._space.waiting,
                     )
             case orders.Publish():
                 return await trio.to_thread.run_sync(fetcher.show, order, self._spool)
             case orders.Retire():
-                return await trio.to_thread.run_sync(fetcher.clear, order, self._spool, self._left)
+                return await self._retire(order)
             case _ if link is None:
                 return _no_such_server(order)
             case orders.Submit():
@@ -130,6 +152,14 @@ class Workshop:
                     )
             case _:
                 raise AssertionError(f"nobody carries out {order}")
+
+    async def _retire(self, order: orders.Retire) -> Answer:
+        while True:  # the result is delivered; only a read-only disk keeps the claimed file
+            try:
+                return await trio.to_thread.run_sync(fetcher.clear, order, self._spool, self._left)
+            except DiskFull:
+                self._space.refused()
+                await trio.sleep(RETIRE_AGAIN_S)
 
     def _retried(self, operation: str, error: ServerError) -> None:
         self._metrics.retry(operation, reason_of(error))

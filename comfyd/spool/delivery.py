@@ -75,10 +75,26 @@ class Stage:
             with contextlib.suppress(FileExistsError):
                 stage.path.mkdir(0o700)
             share(stage.path, spool.done)
-        for name in os.listdir(stage.path):
-            if name != PAYLOAD:
-                _wipe(stage.path / name)
+        stage.clear()
         return stage
+
+    def clear(self) -> int:
+        """Remove what was put here, but for a payload moved here: others may need the space.
+
+        Returns:
+          How many bytes of files were removed.
+
+        Raises:
+          DiskFull: The disk takes no changes now.
+
+        """
+        removed_bytes = 0
+        with full_disk_told():
+            for name in os.listdir(self.path):
+                if name != PAYLOAD:
+                    removed_bytes += (self.path / name).lstat().st_size
+                    _wipe(self.path / name)
+        return removed_bytes
 
     def part_path(self, name: str) -> Path:
         """Where to write the output *name* until it is sealed."""
@@ -105,7 +121,7 @@ class Stage:
                 size_bytes = os.fstat(fd).st_size
             finally:
                 os.close(fd)
-        part.rename(self.path / name)
+            part.rename(self.path / name)
         self._outputs += 1
         self._bytes += size_bytes
         return size_bytes
@@ -162,9 +178,10 @@ class Stage:
           DiskFull: Try again when there is space.
 
         """
-        for name in os.listdir(self.path):
-            if name.endswith(".part"):
-                (self.path / name).unlink()  # of a download that was given up
+        with full_disk_told():
+            for name in os.listdir(self.path):
+                if name.endswith(".part"):
+                    (self.path / name).unlink()  # of a download that was given up
         # Half a surrogate pair from a server's text becomes the JSON escape of itself.
         data = (json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2) + "\n").encode(
             "utf-8", "backslashreplace"
@@ -254,13 +271,17 @@ def retire(spool: Spool, row: Row) -> str:
     Returns:
       A sentence for the log if something is left: what could not be parsed is never deleted.
 
+    Raises:
+      DiskFull: The disk takes no changes now, not even this one.
+
     """
     path = spool.claimed / row.payload
     if not row.payload or not os.path.lexists(path):
         return ""
     if not row.sha256:
         return f"claimed/{row.payload} could not be moved to its result and was left"
-    path.unlink()
+    with full_disk_told():
+        path.unlink(missing_ok=True)
     return ""
 
 
@@ -270,19 +291,23 @@ def reap(spool: Spool, active_jobs: Container[JobId]) -> list[JobId]:
     Returns:
       The jobs whose stages were removed.
 
+    Raises:
+      DiskFull: The disk takes no changes now.
+
     """
     reaped = []
-    for entry in sorted(os.listdir(spool.stage)):
-        job = JobId(entry)
-        if job in active_jobs:
-            continue
-        path = spool.stage / entry
-        payload = path / PAYLOAD
-        if not path.is_symlink() and os.path.lexists(payload):
-            payload.rename(spool.claimed / f"{job}.json")
-            fsync_dir(spool.claimed)
-        _wipe(path)
-        reaped.append(job)
+    with full_disk_told():
+        for entry in sorted(os.listdir(spool.stage)):
+            job = JobId(entry)
+            if job in active_jobs:
+                continue
+            path = spool.stage / entry
+            payload = path / PAYLOAD
+            if not path.is_symlink() and os.path.lexists(payload):
+                payload.rename(spool.claimed / f"{job}.json")
+                fsync_dir(spool.claimed)
+            _wipe(path)
+            reaped.append(job)
     return reaped
 
 

@@ -36,6 +36,7 @@ _ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 _JOB_ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]{{0,63}}\.{_ULID.pattern}")
 _PROBES = 20  # nobody takes so many folders in a row, each within a moment
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = _FULL | {errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -236,13 +237,19 @@ def job_of(payload: str) -> JobId:
 
 @contextlib.contextmanager
 def full_disk_told() -> Iterator[None]:
-    """Turn ENOSPC and EDQUOT into ``DiskFull``: a pause for the caller, not a crash."""
+    """Turn ENOSPC, EDQUOT and EROFS into ``DiskFull``: a pause for the caller, not a crash."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise DiskFull(str(error)) from error
+        if error.errno in _REFUSED:
+            where = f"{error.filename}: " if error.filename else ""
+            raise DiskFull(f"{where}{os.strerror(error.errno)}") from error
         raise
+
+
+def free_bytes(found: os.statvfs_result) -> int:
+    """What statvfs found free for us, who are not root."""
+    return found.f_bavail * found.f_frsize
 
 
 def open_dir(path: Path) -> int:

@@ -21,7 +21,7 @@ from inotify_simple import INotify, flags
 from comfyd.core.facts import Claimed
 from comfyd.errors import DiskFull
 from comfyd.spool.intake import BATCH, Entry, Intake
-from comfyd.spool.layout import Spool
+from comfyd.spool.layout import Spool, full_disk_told
 
 # Names told by events and not yet claimed. As many as the kernel queues by default
 # (fs.inotify.max_queued_events): beyond that a look is cheaper than remembering.
@@ -65,8 +65,14 @@ class Doorbell:
         return self._inotify is not None
 
     def arm(self) -> None:
-        """Make ``new/`` if it is gone, and watch the one that is there. Blocking."""
-        self._spool.make("new")
+        """Make ``new/`` if it is gone, and watch the one that is there. Blocking.
+
+        Raises:
+          DiskFull: There is no space for an empty folder.
+
+        """
+        with full_disk_told():
+            self._spool.make("new")
         found = self._spool.new.stat()
         inode = (found.st_dev, found.st_ino)
         if self._inotify is not None and inode == self._inode:
@@ -142,6 +148,7 @@ async def watch(
     paused: Callable[[], bool],
     on_pickup: Callable[[float], None],
     on_unmovable: Callable[[], None] = _nobody,
+    on_refused: Callable[[], None] = _nobody,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Claim what is dropped into ``new/``, for ever; started once it is watched.
@@ -153,6 +160,7 @@ async def watch(
       paused: Whether to leave everything in ``new/``.
       on_pickup: Told for each claim how long the file was waiting, in seconds.
       on_unmovable: Told of each entry that cannot be taken; the log says which.
+      on_refused: Told that the disk refused a claim: it is full, over quota or read-only.
 
     Cancellation: between claims and *send* the claimed files have no rows; ``Intake.adopt`` finds
     them at the next start.
@@ -175,6 +183,14 @@ async def watch(
             await send(taken.claims)
 
     async def step(bell: Doorbell) -> None:
+        try:
+            await see(bell)
+        except FileNotFoundError as error:
+            if error.filename is None or Path(error.filename) != intake.spool.new:
+                raise
+            eyes.forget()  # new/ was removed under our eyes
+
+    async def see(bell: Doorbell) -> None:
         if eyes.names:
             batch = list(islice(eyes.names, BATCH))
             for name in batch:
@@ -197,24 +213,20 @@ async def watch(
         await trio.to_thread.run_sync(bell.arm)
         task_status.started()
         while True:
-            if trio.current_time() >= eyes.look_at_s:
-                await trio.to_thread.run_sync(bell.arm)  # before looking, or a file slips between
-            if bell.drain(eyes.names) or len(eyes.names) > MAX_NAMES:
-                eyes.forget()
-                continue
-            if paused():
-                eyes.forget()
-                await trio.sleep(poll_s)
-                continue
             try:
-                await step(bell)
+                if trio.current_time() >= eyes.look_at_s:
+                    await trio.to_thread.run_sync(bell.arm)  # before looking, or a file slips by
+                if bell.drain(eyes.names) or len(eyes.names) > MAX_NAMES:
+                    eyes.forget()
+                elif paused():
+                    eyes.forget()
+                    await trio.sleep(poll_s)
+                else:
+                    await step(bell)
             except DiskFull as error:
                 if not full:
-                    _log.warning("the spool's disk is full, nothing is claimed", error=str(error))
+                    _log.warning("nothing can be claimed now", error=str(error))
                 full = True
+                on_refused()
                 eyes.forget()
                 await trio.sleep(rescan_s)
-            except FileNotFoundError as error:
-                if error.filename is None or Path(error.filename) != intake.spool.new:
-                    raise
-                eyes.forget()  # new/ was removed under our eyes

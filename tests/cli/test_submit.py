@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -210,3 +211,28 @@ def test_without_the_right_to_write_it_says_what_to_do(site: Site):
     site.spool.tmp.chmod(0o700)
     assert code == 78
     assert "join the group" in err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_on_a_full_disk_it_says_what_was_submitted_and_leaves_nothing_half_done(
+    number: int, site: Site, monkeypatch: pytest.MonkeyPatch
+):
+    real, syncs = os.fsync, 0
+
+    def fsync(fd: int) -> None:
+        nonlocal syncs
+        syncs += 1
+        if syncs > 2:  # the first file and its folder
+            raise OSError(number, "refused")
+        real(fd)
+
+    files = [site.file(f"{name}.json", GRAPH) for name in "abc"]
+    monkeypatch.setattr(os, "fsync", fsync)
+    code, out, err = site("submit", *files)
+    assert code == 70
+    assert list(site.dropped()) == [f"{out.strip()}.json"]
+    assert list(site.spool.tmp.iterdir()) == []
+    count, why = err.splitlines()
+    assert "1 of 3 jobs were submitted" in count
+    assert why.startswith("comfyd: nothing more was submitted: ")
+    assert os.strerror(number) in why

@@ -681,6 +681,9 @@ def any_fact(draw: st.DrawFn, token: Token) -> JobFact:
         Orphaned("disconnected"),
         Doubted(),
         Due(),
+        Expired(),
+        GivenUp(),
+        Recalled(),
     ]
     return draw(st.sampled_from(options))
 

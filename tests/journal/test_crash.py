@@ -161,6 +161,71 @@ def test_a_really_full_disk_is_a_refusal_too(tmp_path):
     assert finished.stdout == "ok\n", finished.stderr
 
 
+REFUSED_DISK = """
+import sys
+from pathlib import Path
+from comfyd.errors import DiskFull
+from comfyd.journal.sqlite import SqliteStore
+from tests.journal.writer import big
+
+store = SqliteStore.open(Path(sys.argv[1]))
+seq, refused = 1, 0
+while refused < 2 or seq < 9:
+    try:
+        assert store.commit(big(seq)) == (True,)
+        seq += 1
+    except DiskFull as error:
+        assert error.__cause__.sqlite_errorname == "SQLITE_IOERR_WRITE", error.__cause__
+        refused += 1
+assert store.last_seq() == seq - 1
+store.close()
+store = SqliteStore.open(Path(sys.argv[1]))
+assert store.opened_cleanly()
+assert [row.seq for row in store.rows(limit=99)] == list(range(seq - 1, 0, -1))
+store.close()
+print("ok")
+"""
+
+
+def traced(path, log, program, *inject):
+    """Run *program* on a new journal; how many of its writes strace saw, and what it said."""
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("needs strace(1)")
+    shutil.rmtree(path.parent, ignore_errors=True)
+    tracing = [strace, "-f", "-o", log, "-e", "trace=pwrite64", *inject]
+    finished = subprocess.run(
+        [*tracing, sys.executable, "-c", program, str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if not log.exists() or not log.read_text():
+        pytest.skip(f"may not trace: {finished.stderr}")
+    return log.read_text().count("pwrite64("), finished
+
+
+OPENED = """
+import sys
+from pathlib import Path
+from comfyd.journal.sqlite import SqliteStore
+
+SqliteStore.open(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("number", ["EDQUOT", "EROFS"])
+def test_a_quota_or_a_read_only_disk_refuses_a_batch_and_the_store_goes_on(path, tmp_path, number):
+    opening, _ = traced(path, tmp_path / "log", OPENED)
+    for after in (1, 2, 5, 9):
+        # A write of a commit, the one that asks why; and both once more.
+        nths = f"{opening + after}..{opening + after + 3}"
+        inject = f"inject=pwrite64:error={number}:when={nths}"
+        _, finished = traced(path, tmp_path / "log", REFUSED_DISK, "-e", inject)
+        assert finished.stdout == "ok\n", finished.stderr
+
+
 BROKEN_DISK = """
 import resource, signal, sys
 from pathlib import Path

@@ -60,6 +60,7 @@ class Rig:
         self.auditor = Auditor(self.inbox, self.clock)
         self.performed: list[tuple[float, orders.JobOrder, State]] = []
         self.notes: list[Note] = []
+        self.refused = 0
         self.dispatcher = Dispatcher(
             self.engine,
             self.inbox,
@@ -68,8 +69,12 @@ class Rig:
             perform=self.perform,
             observe=self.notes.extend,
             on_deadline=self.auditor.set_deadline,
+            on_refused=self.refuse,
             draw=lambda: 0.0,
         )
+
+    def refuse(self) -> None:
+        self.refused += 1
 
     def perform(self, order: orders.JobOrder | orders.Fence) -> None:
         assert not isinstance(order, orders.Fence)
@@ -158,6 +163,7 @@ async def test_a_full_disk_is_a_pause(autojump_clock: MockClock) -> None:
         await rig.inbox.claim(rig.claim("fox"))
         await trio.sleep(5)
         assert waiting(rig)
+        assert rig.refused > 1
         assert rig.performed == []
         await trio.sleep(2)
         assert not waiting(rig)
@@ -210,8 +216,15 @@ async def test_hints_come_before_the_queues_length_and_only_its_last_counts() ->
     inbox = Inbox(lambda prompt_id: True)
     for remaining in (3, 2, 0):
         inbox.put(QueueSeen(server=A, remaining=remaining))
+        inbox.put(facts.Health(server=A, ok=not remaining))
+        inbox.put(facts.QueueLooked(server=A, running=1, pending=remaining))
     inbox.hint(Hint(server=A, prompt_id=PromptId("p"), sign=Sign.ENDED))
-    assert [type(fact) for fact in inbox.take()] == [Hint, QueueSeen]
+    assert [type(fact) for fact in inbox.take()] == [
+        Hint,
+        QueueSeen,
+        facts.Health,
+        facts.QueueLooked,
+    ]
 
 
 async def test_claims_wait_for_room(autojump_clock: MockClock) -> None:

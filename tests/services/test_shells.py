@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -57,6 +59,8 @@ class Rig:
         self.simulator, self.client, self.spool = simulator, client, spool
         self.posted = 0
         self.retries: list[str] = []
+        self.short: dict[JobId, int] = {}
+        self.waiting = ""
 
     def row(self, document: object = None, **fields: Any) -> Row:
         data = json.dumps(graph() if document is None else document).encode()
@@ -130,6 +134,8 @@ class Rig:
             limits,
             now_s=lambda: 9.0,
             on_retry=lambda error: self.retries.append(type(error).__name__),
+            short=self.short,
+            waiting=lambda: self.waiting,
         )
 
 
@@ -349,11 +355,82 @@ async def test_a_file_that_does_not_fit_waits_for_space_and_is_not_blamed(tmp_pa
     async with rigged(tmp_path) as rig:
         row = rig.row(graph(512))
         row = collecting(row, await rig.finished(row))
-        real = fetcher._begin
-        monkeypatch.setattr(fetcher, "_begin", lambda *args: (real(*args)[0], 100))
+        free = [1 << 20, 100]  # enough to begin, too little for the file
+        monkeypatch.setattr(fetcher, "free_bytes", lambda found: free.pop(0))
         answer = await rig.collect(row)
         assert isinstance(answer, facts.CollectFailed)
         assert answer.cause is Uncollected.DISK
+        assert list((rig.spool.stage / J).iterdir()) == []  # others may need the space
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "chmod", "mkdir"])
+async def test_whatever_the_disk_refuses_is_a_pause(tmp_path, monkeypatch, call, number):
+    async with rigged(tmp_path) as rig:
+        row = rig.row()
+        row = collecting(row, await rig.finished(row))
+        with monkeypatch.context() as patch:
+            refusing(patch, call, number)
+            answer = await rig.collect(row)
+        assert isinstance(answer, facts.CollectFailed)
+        assert answer.cause is Uncollected.DISK
+        assert os.strerror(number) in answer.message
+        assert isinstance(await rig.collect(row), facts.Collected)
+
+
+def refusing(patch, call, number):
+    """Make the disk refuse one kind of write."""
+    real = getattr(os, call)
+
+    def refuse(*args, **fds):
+        if call == "open" and not args[1] & os.O_CREAT:
+            return real(*args, **fds)
+        raise OSError(number, "refused")
+
+    patch.setattr(os, call, refuse)
+
+
+async def test_what_was_too_large_is_not_fetched_again_before_there_is_more_room(
+    tmp_path, monkeypatch
+):
+    async with rigged(tmp_path) as rig:
+        row = rig.row(graph(512))
+        row = collecting(row, await rig.finished(row))
+        views = 0
+        real = rig.client.view
+
+        async def view(*args, **limits):
+            nonlocal views
+            views += 1
+            return await real(*args, **limits)
+
+        monkeypatch.setattr(rig.client, "view", view)
+        free = [1 << 20]
+        monkeypatch.setattr(fetcher, "free_bytes", lambda found: free[0])
+        with monkeypatch.context() as patch:
+            refusing(patch, "fsync", errno.ENOSPC)  # all of it was written by then
+            assert isinstance(await rig.collect(row), facts.CollectFailed)
+        assert views == 1
+        (short,) = rig.short.values()
+        assert short > 500
+        free[0] = short
+        for _ in range(3):
+            assert isinstance(await rig.collect(row), facts.CollectFailed)
+        assert views == 1
+        free[0] = 1 << 20
+        assert isinstance(await rig.collect(row), facts.Collected)
+        assert rig.short == {}
+
+
+async def test_while_everything_waits_nothing_is_even_looked_at(tmp_path):
+    async with rigged(tmp_path) as rig:
+        row = rig.row()
+        row = collecting(row, await rig.finished(row))
+        rig.waiting = "Waiting for space."
+        answer = await rig.collect(row)
+        assert isinstance(answer, facts.CollectFailed)
+        assert answer.message == "Waiting for space."
+        assert not (rig.spool.stage / J).exists()
 
 
 async def test_below_the_reserve_nothing_is_downloaded(tmp_path):

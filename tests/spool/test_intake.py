@@ -280,7 +280,7 @@ def test_what_cannot_be_moved_is_told_once_and_left(
     assert len(intake.scan().ready) <= 1  # told again, unless it got the same inode
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_full_disk_leaves_the_rest_in_new(
     spool: Spool, make_intake: MakeIntake, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ class Seen:
         self.rows: list[Row] = []
         self.pickup_s: list[float] = []
         self.unmovable = 0
+        self.refused = 0
         self.paused = False
         self.open = trio.Event()
         self.open.set()
@@ -53,6 +54,9 @@ class Seen:
 
     def on_unmovable(self) -> None:
         self.unmovable += 1
+
+    def on_refused(self) -> None:
+        self.refused += 1
 
     async def until(self, count: int) -> None:
         with trio.fail_after(DEADLINE_S):
@@ -75,6 +79,7 @@ async def watching(intake: Intake, *, rescan_s: float = LONG_S) -> AsyncIterator
                     paused=lambda: seen.paused,
                     on_pickup=seen.pickup_s.append,
                     on_unmovable=seen.on_unmovable,
+                    on_refused=seen.on_refused,
                 )
             )
         yield seen
@@ -292,6 +297,27 @@ async def test_a_full_disk_is_waited_out(
         await trio.sleep(0.25)
         assert seen.rows == []
         full[0] = False
+        await seen.until(1)
+
+
+async def test_a_disk_too_full_for_a_new_folder_is_waited_out(
+    spool: Spool, make_intake: MakeIntake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.mkdir
+
+    def mkdir(path: Any, *args: Any, **fds: Any) -> None:
+        if path == spool.new and not spool.new.exists():
+            raise OSError(errno.ENOSPC, "full", str(path))
+        real(path, *args, **fds)
+
+    async with watching(make_intake(spool, settle_s=0.05), rescan_s=0.05) as seen:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", mkdir)
+            spool.new.rmdir()
+            await wait_for(lambda: seen.refused > 1)
+            assert not spool.new.exists()
+        await wait_for(spool.new.exists)
+        drop(spool, "x", GRAPH)
         await seen.until(1)
 
 
