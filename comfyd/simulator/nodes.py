@@ -14,11 +14,8 @@ InputSpec = list[Any]
 
 def choices_of(spec: InputSpec) -> list[str] | None:
     """The values that an input may have; None if it is no list of choices."""
-    match spec:
-        case [list(choices), *_] | ["COMBO", {"options": list(choices)}]:
-            return choices
-        case _:
-            return None
+    # A COMBO with `options`, the newer way to write it, is not checked by ComfyUI 0.3.64.
+    return spec[0] if isinstance(spec[0], list) else None
 
 
 def without_choices(spec: InputSpec, gone: frozenset[str]) -> InputSpec:
@@ -26,8 +23,7 @@ def without_choices(spec: InputSpec, gone: frozenset[str]) -> InputSpec:
     choices = choices_of(spec)
     if choices is None:
         return spec
-    left = [choice for choice in choices if choice not in gone]
-    return [left, *spec[1:]] if spec[0] != "COMBO" else ["COMBO", {**spec[1], "options": left}]
+    return [[choice for choice in choices if choice not in gone], *spec[1:]]
 
 
 class NodeError(Exception):
