@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections import Counter
@@ -29,7 +30,8 @@ from comfyd.core.model import FileRef, Row, Staged, State
 from comfyd.core.orders import Collect, Fetch, Publish, Retire
 from comfyd.core.policy import linear_s
 from comfyd.core.result import Output, manifest
-from comfyd.errors import DiskFull, ServerError, ServerProtocol, ServerStatus
+from comfyd.core.wire.tolerant import line
+from comfyd.errors import AnswerTooLong, DiskFull, ServerError, ServerProtocol, ServerStatus
 from comfyd.spool.delivery import (
     PublishResult,
     Stage,
@@ -47,7 +49,10 @@ _TRY_AGAIN_S: Final = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Attributes: as in the configuration, ``history`` and ``outputs``."""
+    """Attributes: as in the configuration, ``history`` and ``outputs``.
+
+    *max_bytes* holds for the outputs of one job together: that is what protects a disk.
+    """
 
     history_attempts: int = 3
     history_backoff_s: float = 2.0
@@ -97,10 +102,11 @@ async def fetch(
 class _Unobtainable(Exception):
     """One output cannot be had."""
 
-    def __init__(self, cause: Uncollected, message: str) -> None:
+    def __init__(self, cause: Uncollected, message: str, *, again: bool = True) -> None:
         super().__init__(message)
         self.cause = cause
         self.message = message
+        self.again = again
 
 
 async def collect(
@@ -114,8 +120,9 @@ async def collect(
 ) -> Answer:
     """Download and verify what the record names, add what was submitted, and stage it all.
 
-    For a job that is done every output must be there and right; for one that failed, what can be
-    had is added and the rest is a warning.
+    For a job that is done every output must be there and right, and all together within
+    ``outputs.max_bytes``; for one that failed, what can be had is added and the rest is a warning.
+    A file that is named twice is fetched twice: each node's list is whole.
 
     Args:
       client: Of the server that ran it; None if there is nothing to fetch, or no such server.
@@ -128,6 +135,7 @@ async def collect(
         warnings: list[str] = []
         outputs: list[Output] = []
         counted: Counter[str] = Counter()
+        left_bytes = limits.max_bytes
         for ref in _wanted(row, include_temp=limits.include_temp):
             index = counted[ref.node]
             counted[ref.node] += 1
@@ -136,19 +144,22 @@ async def collect(
                     raise _Unobtainable(
                         Uncollected.SERVER, f"server {row.server} is not configured"
                     )
-                output = await _obtain(
-                    ref, index, stage, client, limits.max_bytes, room_bytes, on_retry
-                )
+                output = await _obtain(ref, index, stage, client, left_bytes, room_bytes, on_retry)
+                left_bytes -= output.bytes
                 room_bytes -= output.bytes
                 outputs.append(output)
             except _Unobtainable as error:
                 if row.outcome.state is State.DONE or error.cause is Uncollected.SERVER:
                     return CollectFailed(
-                        token=order.token, cause=error.cause, message=error.message
+                        token=order.token,
+                        cause=error.cause,
+                        message=error.message,
+                        again=error.again,
                     )
                 warnings.append(error.message)
         staged = await trio.to_thread.run_sync(_finish, stage, row, outputs, warnings, now_s())
     except DiskFull as error:
+        await trio.to_thread.run_sync(_give_back, spool, row)
         return CollectFailed(token=order.token, cause=Uncollected.DISK, message=str(error))
     return Collected(token=order.token, staged=staged)
 
@@ -178,7 +189,7 @@ async def _obtain(
             return await _download(ref, index, stage, client, max_bytes, room_bytes)
         except ServerError as error:
             problem = _judged(ref, error)
-            if tries >= _TRIES or problem.cause is Uncollected.SERVER:
+            if tries >= _TRIES or problem.cause is Uncollected.SERVER or not problem.again:
                 raise problem from error
             on_retry(error)
         except _Unobtainable as error:
@@ -189,16 +200,36 @@ async def _obtain(
 
 
 def _judged(ref: FileRef, error: ServerError) -> _Unobtainable:
-    name = f"output {ref.filename!r} of node {ref.node}"
+    name = _named(ref)
     match error:
-        case ServerStatus(status=400 | 403 | 404 | 410 as status):
+        case ServerStatus(status=404 | 410 as status):
             return _Unobtainable(
                 Uncollected.MISSING, f"The server no longer has {name} (HTTP status {status})."
+            )
+        case ServerStatus(status=400 | 403 as status) if status == 400 or _leaves(ref.subfolder):
+            return _Unobtainable(
+                Uncollected.MISSING, f"The server does not hand out {name} (HTTP status {status})."
+            )
+        case AnswerTooLong():
+            return _Unobtainable(
+                Uncollected.INVALID,
+                f"With {name} the job's outputs are larger than outputs.max_bytes;"
+                " raise that, or let the workflow save less.",
+                again=False,
             )
         case ServerProtocol():
             return _Unobtainable(Uncollected.INVALID, f"The server sent no usable {name}: {error}.")
         case _:
             return _Unobtainable(Uncollected.SERVER, f"The {name} could not be fetched: {error}.")
+
+
+def _named(ref: FileRef) -> str:
+    return f"output {line(ref.filename, 200)!r} of node {line(ref.node, 200)}"
+
+
+def _leaves(subfolder: str) -> bool:
+    """Whether ComfyUI would see an attempt to leave its folder: a 403 of its own, not a proxy's."""
+    return subfolder.startswith("/") or ".." in subfolder.split("/")
 
 
 async def _download(
@@ -209,9 +240,7 @@ async def _download(
         got = await client.view(ref, file.write, max_bytes=max_bytes)
     wrong = looks_wrong(ref.filename, got.head)
     if wrong is not None:
-        raise _Unobtainable(
-            Uncollected.INVALID, f"Output {ref.filename!r} of node {ref.node} is wrong: {wrong}."
-        )
+        raise _Unobtainable(Uncollected.INVALID, f"The {_named(ref)} is wrong: {wrong}.")
     name = local_name(ref.node, index, ref.filename, got.head)
     part.rename(stage.part_path(name))
     return Output(ref=ref, file=name, bytes=got.size_bytes, sha256=got.sha256)
@@ -242,7 +271,8 @@ class _File:
 
 def _opened(part: Path, room_bytes: int) -> _File:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    return _File(os.open(part, flags, 0o600), room_bytes)
+    with full_disk_told():
+        return _File(os.open(part, flags, 0o600), room_bytes)
 
 
 def _begin(spool: Spool, row: Row, limits: Limits) -> tuple[Stage, int]:
@@ -253,6 +283,12 @@ def _begin(spool: Spool, row: Row, limits: Limits) -> tuple[Stage, int]:
     if room_bytes <= 0 and _wanted(row, include_temp=limits.include_temp):
         raise DiskFull("less space is free than outputs.min_free_bytes keeps")
     return stage, room_bytes
+
+
+def _give_back(spool: Spool, row: Row) -> None:
+    """Remove what was downloaded: it would take the space that is being waited for."""
+    with contextlib.suppress(DiskFull):
+        Stage.begin(spool, row.job)
 
 
 def _finish(

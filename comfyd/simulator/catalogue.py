@@ -245,7 +245,8 @@ async def _sim_ui(run: Run, values: Values) -> Result:
             case {"filename": str(name)} if name:
                 folder, subfolder = item.get("type", "output"), item.get("subfolder", "")
                 content = contents.get(name, "sample")
-                if folder in FOLDERS and is_inside(posixpath.join(subfolder, name)) and content:
+                is_there = content is not None and folder in FOLDERS
+                if is_there and is_inside(posixpath.join(subfolder, name)):
                     run.files.write(folder, subfolder, name, _content(name, content))
     return Result(ui=ui)
 
@@ -469,7 +470,7 @@ NODE_CLASSES: Final[dict[str, NodeClass]] = {
             "SimUi",
             {"ui": ["STRING", {"default": "{}"}]},
             _sim_ui,
-            # By file name, in base64; "" makes no file.
+            # By file name, in base64; null makes no file.
             optional={"contents": ["STRING", {"default": "{}"}]},
             is_output=True,
             category="simulator",

@@ -196,6 +196,7 @@ SWITCHES: Final = (
         _size_bytes,
     ),
     Switch("upload-fail", "STATUS[:HOW-OFTEN]", "POST /upload/* fails", "upload_fail", _status),
+    Switch("view-fail", "STATUS[:HOW-OFTEN]", "GET /view fails", "view_fail", _status),
     Switch("view-truncate", _OFTEN, "/view ends half way", "view_truncate", _how_often),
     Switch("view-wrong", _OFTEN, "/view answers 200 with HTML", "view_wrong", _how_often),
     Switch("view-missing", _OFTEN, "404 for /view", "view_missing", _how_often),
@@ -292,6 +293,7 @@ class Faults:
     missing_models: frozenset[str] = frozenset()
     max_upload_bytes: int | None = None
     upload_fail: StatusFail | None = None
+    view_fail: StatusFail | None = None
     view_truncate: HowOften | None = None
     view_wrong: HowOften | None = None
     view_missing: HowOften | None = None

@@ -171,7 +171,9 @@ async def _send(stream: trio.abc.Stream, connection: h11.Connection, response: R
     headers |= response.headers
     if response.status >= 500:
         headers["Connection"] = "close"
-    head = h11.Response(status_code=response.status, headers=list(headers.items()))
+    # aiohttp writes headers in UTF-8, whatever a file's name is.
+    fields = [(name.encode(), value.encode()) for name, value in headers.items()]
+    head = h11.Response(status_code=response.status, headers=fields)
     out = connection.send(head) or b""
     if response.sent_bytes is not None:
         await stream.send_all(out + response.body[: response.sent_bytes])

@@ -207,6 +207,9 @@ class Routes:
         return Response()
 
     def _get_view(self, query: dict[str, str]) -> Response:
+        fail = self._faults.view_fail
+        if fail is not None and self._faults.strikes(fail):
+            return Response(fail.status, b"on purpose", "text/plain; charset=utf-8")
         if "filename" not in query:
             return Response(404)
         name, folder = split_annotated(query["filename"], query.get("type", "output"))

@@ -22,6 +22,7 @@ EXAMPLES = {
     "missing-model": "missing-model=tuned.safetensors",
     "max-upload": "max-upload=64KiB",
     "upload-fail": "upload-fail=507",
+    "view-fail": "view-fail=403:1",
     "card-fails": "card-fails=cuda:0.5",
 }
 
