@@ -18,7 +18,7 @@ import trio
 
 from comfyd.core.model import JobId, Row
 from comfyd.journal.sqlite import open_readonly
-from comfyd.simulator import Simulator
+from comfyd.simulator import HowOften, Simulator
 from tests.endtoend.daemon import Daemon, fetch
 from tests.endtoend.graphs import Graph, node, picture
 from tests.endtoend.oracle import runs_by_job
@@ -30,6 +30,7 @@ NAMES: Final = ("a", "b", "c")
 NODE_S: Final = 0.03  # two nodes a job
 ABANDON_S: Final = 4.0
 PING_S: Final = 1.0
+STRUCK: Final = HowOften(count=0)
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "audit": {"abandon_after": f"{ABANDON_S:g}s"},
     "tracker": {
@@ -168,7 +169,7 @@ async def test_one_of_three_comes_back_with_its_memory(tmp_path):
         await three.daemon.finish(20, within_s=30)
         lost.faults.set("node-stalls=1")
         with trio.fail_after(20):
-            await until(lambda: lost.faults.stalls.count == 0 and lost.running and lost.pending)
+            await until(lambda: lost.faults.stalls == STRUCK and lost.running and lost.pending)
         lost.faults.half_open = "all"
         (running,), waiting = list(lost.running), list(lost.pending)
         await three.daemon.finish(100, within_s=60)  # all of it, without that server
@@ -224,17 +225,16 @@ async def test_one_of_three_hangs_for_ten_times_ping_timeout(tmp_path):
                 for server in servers
             ]
     manifests = [json.loads(path.read_bytes()) for path in taken.glob("done/*/result.json")]
-    executed = Counter(
-        record["prompt"][3]["comfyd"]["job"] for h in histories for record in h.values()
-    )
+    records = [record for history in histories for record in history.values()]
+    executed = Counter(record["prompt"][3]["comfyd"]["job"] for record in records)
     print(
-        f"\n200 taken {without_s:.1f} s after the stop, {sum(map(len, histories))} executions for"
+        f"\n200 taken {without_s:.1f} s after the stop, {len(records)} executions for"
         f" {len(manifests)} results, {trio.current_time() - began_s:.0f} s"
     )
     assert names(taken / "failed") == names(taken / "twice") == []
     assert len(manifests) == 260
     assert names(daemon.spool.done) == names(daemon.spool.failed) == []
-    assert sum(map(len, histories)) == len(set().union(*histories)), "a prompt was executed twice"
+    assert len(records) == len(set().union(*histories)), "a prompt was executed twice"
     assert max(executed.values()) <= 2
     assert any(manifest["server"] == "a" for manifest in manifests[-60:])
 
@@ -259,7 +259,6 @@ async def test_a_card_that_fails_everything_at_once(tmp_path, kind):
 async def test_a_job_that_is_wrong_fails_all_the_same(tmp_path):
     """Tried elsewhere in case it was the server; then it is told what its node said."""
     async with farm(tmp_path) as three:
-        three.drop_as("wrong", picture(0) | {"2": node("SimFail", image=["1", 0], message="no")})
         three.drop_as(
             "failing",
             {
@@ -269,7 +268,7 @@ async def test_a_job_that_is_wrong_fails_all_the_same(tmp_path):
             },
         )
         three.drop(30)
-        await three.daemon.finish(32, within_s=40)
+        await three.daemon.finish(31, within_s=40)
         metrics = await three.daemon.metrics()
     results = three.check("failing")
     assert results["failing"]["reason"] == "execution_error"
@@ -352,7 +351,7 @@ async def test_a_server_whose_worker_takes_nothing(tmp_path):
 
 @pytest.mark.parametrize("fault", ["node-stalls=1", "node-hangs=1"])
 async def test_a_server_that_stands_still_within_a_node(tmp_path, fault):
-    """The stalled one is ended, or given up, and made elsewhere; those behind it move on at once."""
+    """The stalled one is ended, or given up, and made elsewhere; those behind it move on."""
     async with farm(tmp_path) as three:
         three.simulators[0].faults.set(fault)
         three.drop(100)
