@@ -40,7 +40,11 @@ SETTINGS: Final[dict[str, dict[str, Any]]] = {
         "reconnect_first": "200ms",
         "reconnect_max": "1s",
     },
-    "client": {"connect_timeout": "1s", "submit_timeout": "2s"},
+    "client": {
+        "connect_timeout": "1s",
+        "submit_timeout": "2s",
+        "download_idle_timeout": "1s",
+    },
     "history": {"timeout": "1s", "backoff": "200ms"},
     "health": {"interval": "500ms", "timeout": "1s"},
     "jobs": {"stall_timeout": "3s"},
