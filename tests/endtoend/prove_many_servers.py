@@ -24,7 +24,7 @@ from tests.endtoend.graphs import Graph, node, picture
 from tests.endtoend.oracle import runs_by_job
 from tests.endtoend.prove_kills import all_taken, consumer, names
 from tests.endtoend.server import Server
-from tests.endtoend.waiting import until
+from tests.endtoend.waiting import counted, until
 
 NAMES: Final = ("a", "b", "c")
 NODE_S: Final = 0.03  # two nodes a job
@@ -333,23 +333,29 @@ async def test_what_one_server_lacks_is_run_on_the_others(tmp_path, lack):
 
 
 async def test_a_server_whose_worker_takes_nothing(tmp_path):
-    async with farm(tmp_path) as three:
-        three.simulators[0].faults.set("stuck-worker")
-        three.drop(150)
-        await three.daemon.finish(150, within_s=80)
+    """While there is work for all, what waits there waits; it is seen to be sick after 30 s."""
+    wedged = 'comfyd_server_state{server="a",state="wedged"}'
+    async with farm(tmp_path, node_s=0.2) as three:
         stuck = three.simulators[0]
-        assert stuck.executions == {}
+        stuck.faults.set("stuck-worker")
+        three.drop(200)
         with trio.fail_after(60):
-            while True:
-                metrics = await three.daemon.metrics()
-                if metrics['comfyd_server_state{server="a",state="wedged"}'] == 1:
-                    break
-                if not stuck.pending:
-                    three.drop(1)
-                await trio.sleep(0.5)
-        await three.daemon.finish(three.jobs, within_s=30)
+            await counted(three.daemon, wedged, 1)
+        await three.daemon.finish(200, within_s=60)
+        assert (stuck.executions, stuck.pending) == ({}, [])
     results = three.check()
     assert {result["server"] for result in results.values()} == {"b", "c"}
+    assert set(three.runs().values()) == {1}
+
+
+async def test_few_jobs_do_not_wait_behind_a_worker_that_takes_nothing(tmp_path):
+    """Before anybody knows that it is sick: another server is free, so they are called back."""
+    async with farm(tmp_path) as three:
+        three.simulators[0].faults.set("stuck-worker")
+        three.drop(30)
+        await three.daemon.finish(30, within_s=30)
+    three.check()
+    assert three.simulators[0].executions == {}
     assert set(three.runs().values()) == {1}
 
 
