@@ -114,6 +114,10 @@ class ServerProtocol(ServerError):
     """A complete answer that does not decode to what ComfyUI's protocol allows."""
 
 
+class AnswerTooLong(ServerProtocol):
+    """An answer that is, or says that it will be, longer than it may be."""
+
+
 class DiskFull(ComfydError):
     """A write was refused (disk full, over quota, read-only) and undone; try again later."""
 

@@ -36,7 +36,7 @@ from comfyd.core.wire import (
     decode_submit,
     decode_upload,
 )
-from comfyd.errors import ServerProtocol, ServerStatus, ServerUnreachable
+from comfyd.errors import AnswerTooLong, ServerProtocol, ServerStatus, ServerUnreachable
 
 T = TypeVar("T")
 
@@ -257,7 +257,8 @@ class Client:
           max_bytes: A longer file is an error, as soon as that is known.
 
         Raises:
-          ServerProtocol: Too long, compressed, or of a length that cannot be verified.
+          AnswerTooLong: It has more than *max_bytes*.
+          ServerProtocol: Compressed, or of a length that cannot be verified.
           ServerUnreachable: Broken off, or less than 256 KiB came within the idle timeout.
 
         """
@@ -300,7 +301,7 @@ class Client:
             _check_plain(response, cap_bytes)
             body = await _first_bytes(response, cap_bytes + 1)
             if len(body) > cap_bytes:
-                raise ServerProtocol(f"the answer is longer than {cap_bytes} bytes")
+                raise AnswerTooLong(f"the answer is longer than {cap_bytes} bytes")
             return body
 
         return await self._exchange(ask, take)
@@ -378,7 +379,7 @@ def _check_plain(response: httpx.Response, max_bytes: int, *, verifiable: bool =
         raise ServerProtocol("the answer is compressed, though we asked that it be not")
     length = response.headers.get("content-length")
     if length is not None and length.isascii() and length.isdigit() and int(length) > max_bytes:
-        raise ServerProtocol(f"the answer is longer than {max_bytes} bytes")
+        raise AnswerTooLong(f"the answer is longer than {max_bytes} bytes")
     if verifiable and length is None and "transfer-encoding" not in response.headers:
         raise ServerProtocol("the server does not say how long the file is: it may be cut")
 

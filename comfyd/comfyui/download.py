@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from comfyd.errors import ServerProtocol
+from comfyd.errors import AnswerTooLong
 
 CHUNK_BYTES: Final = 256 * 2**10  # a hop costs 0.05 ms: one a piece, not one a packet
 HEAD_BYTES: Final = 512
@@ -49,12 +49,12 @@ class Download:
         """Take *chunk*; whether it is time to flush.
 
         Raises:
-          ServerProtocol: That is more than ``max_bytes``.
+          AnswerTooLong: That is more than ``max_bytes``.
 
         """
         self._size_bytes += len(chunk)
         if self._size_bytes > self._max_bytes:
-            raise ServerProtocol(f"the file is longer than {self._max_bytes} bytes")
+            raise AnswerTooLong(f"the file is longer than {self._max_bytes} bytes")
         self._buffer += chunk
         return len(self._buffer) >= CHUNK_BYTES
 

@@ -125,9 +125,12 @@ class Uncollected(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectFailed:
+    """*again* is False where making the outputs again would end the same: they are too large."""
+
     token: Token
     cause: Uncollected
     message: str
+    again: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

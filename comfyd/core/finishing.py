@@ -63,12 +63,12 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
     if fact.cause in {Uncollected.MISSING, Uncollected.INVALID} and row.outcome.state is State.DONE:
         charged = row.charged + 1
         lost = noted(job, "lost", cause="outputs", charged=1)
-        if charged < row.max_attempts:
+        if fact.again and charged < row.max_attempts:
             return requeue(job, ctx, retry, lost, deaths=0, **charge_to(job, charged, ctx))
         missing = fact.cause is Uncollected.MISSING
         reason = Reason.OUTPUT_MISSING if missing else Reason.OUTPUT_INVALID
-        outcome = failure(reason, fact.message)
-        return collect_as(job, outcome, ctx, retry, lost, charged=charged, record=_bare(row))
+        # What can be had of the rest is put beside the error.
+        return collect_as(job, failure(reason, fact.message), ctx, retry, lost, charged=charged)
     job = with_live(job, tries=job.live.tries + 1)
     if fact.cause is not Uncollected.DISK:
         if row.outcome.state is not State.DONE and job.live.tries >= policy.completion_attempts:

@@ -99,7 +99,7 @@ class FileRef(Value, frozen=True):
     Attributes:
       node: Node id in the graph that ran.
       key: Key in the node's ui output, e.g. ``images``.
-      type: ``output``, ``temp`` or ``input``.
+      type: The server's folder: ``output`` or ``temp``.
 
     """
 

@@ -6,7 +6,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -29,7 +29,8 @@ from comfyd.core.model import FileRef, JobId, Row, Staged, State
 from comfyd.core.orders import Collect, Fetch, Publish, Retire
 from comfyd.core.policy import linear_s
 from comfyd.core.result import Output, manifest
-from comfyd.errors import DiskFull, ServerError, ServerProtocol, ServerStatus
+from comfyd.core.wire.tolerant import line
+from comfyd.errors import AnswerTooLong, DiskFull, ServerError, ServerProtocol, ServerStatus
 from comfyd.spool.delivery import (
     PublishResult,
     Stage,
@@ -47,7 +48,10 @@ _TRY_AGAIN_S: Final = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Attributes: as in the configuration, ``history`` and ``outputs``."""
+    """Attributes: as in the configuration, ``history`` and ``outputs``.
+
+    *max_bytes* holds for the outputs of one job together: that is what protects a disk.
+    """
 
     history_attempts: int = 3
     history_backoff_s: float = 2.0
@@ -97,10 +101,11 @@ async def fetch(
 class _Unobtainable(Exception):
     """One output cannot be had."""
 
-    def __init__(self, cause: Uncollected, message: str) -> None:
+    def __init__(self, cause: Uncollected, message: str, *, again: bool = True) -> None:
         super().__init__(message)
         self.cause = cause
         self.message = message
+        self.again = again
 
 
 async def collect(
@@ -116,8 +121,9 @@ async def collect(
 ) -> Answer:
     """Download and verify what the record names, add what was submitted, and stage it all.
 
-    For a job that is done every output must be there and right; for one that failed, what can be
-    had is added and the rest is a warning.
+    For a job that is done every output must be there and right, and all together within
+    ``outputs.max_bytes``; for one that failed, what can be had is added and the rest is a warning.
+    A file that is named twice is fetched twice: each node's list is whole.
 
     Args:
       client: Of the server that ran it; None if there is nothing to fetch, or no such server.
@@ -138,6 +144,7 @@ async def collect(
         warnings: list[str] = []
         outputs: list[Output] = []
         counted: Counter[str] = Counter()
+        left_bytes = limits.max_bytes
         for ref in _wanted(row, include_temp=limits.include_temp):
             index = counted[ref.node]
             counted[ref.node] += 1
@@ -146,11 +153,17 @@ async def collect(
                     raise _Unobtainable(
                         Uncollected.SERVER, f"server {row.server} is not configured"
                     )
-                outputs.append(await _obtain(ref, index, stage, client, limits, on_retry))
+                left = replace(limits, max_bytes=left_bytes)
+                output = await _obtain(ref, index, stage, client, left, on_retry)
+                left_bytes -= output.bytes
+                outputs.append(output)
             except _Unobtainable as error:
                 if row.outcome.state is State.DONE or error.cause is Uncollected.SERVER:
                     return CollectFailed(
-                        token=order.token, cause=error.cause, message=error.message
+                        token=order.token,
+                        cause=error.cause,
+                        message=error.message,
+                        again=error.again,
                     )
                 warnings.append(error.message)
         staged = await trio.to_thread.run_sync(_finish, stage, row, outputs, warnings, now_s())
@@ -186,7 +199,7 @@ async def _obtain(
             return await _download(ref, index, stage, client, limits)
         except ServerError as error:
             problem = _judged(ref, error)
-            if tries >= _TRIES or problem.cause is Uncollected.SERVER:
+            if tries >= _TRIES or problem.cause is Uncollected.SERVER or not problem.again:
                 raise problem from error
             on_retry(error)
         except _Unobtainable as error:
@@ -197,16 +210,36 @@ async def _obtain(
 
 
 def _judged(ref: FileRef, error: ServerError) -> _Unobtainable:
-    name = f"output {ref.filename!r} of node {ref.node}"
+    name = _named(ref)
     match error:
-        case ServerStatus(status=400 | 403 | 404 | 410 as status):
+        case ServerStatus(status=404 | 410 as status):
             return _Unobtainable(
                 Uncollected.MISSING, f"The server no longer has {name} (HTTP status {status})."
+            )
+        case ServerStatus(status=400 | 403 as status) if status == 400 or _leaves(ref.subfolder):
+            return _Unobtainable(
+                Uncollected.MISSING, f"The server does not hand out {name} (HTTP status {status})."
+            )
+        case AnswerTooLong():
+            return _Unobtainable(
+                Uncollected.INVALID,
+                f"With {name} the job's outputs are larger than outputs.max_bytes;"
+                " raise that, or let the workflow save less.",
+                again=False,
             )
         case ServerProtocol():
             return _Unobtainable(Uncollected.INVALID, f"The server sent no usable {name}: {error}.")
         case _:
             return _Unobtainable(Uncollected.SERVER, f"The {name} could not be fetched: {error}.")
+
+
+def _named(ref: FileRef) -> str:
+    return f"output {line(ref.filename, 200)!r} of node {line(ref.node, 200)}"
+
+
+def _leaves(subfolder: str) -> bool:
+    """Whether ComfyUI would see an attempt to leave its folder: a 403 of its own, not a proxy's."""
+    return subfolder.startswith("/") or ".." in subfolder.split("/")
 
 
 async def _download(
@@ -217,9 +250,7 @@ async def _download(
         got = await client.view(ref, file.write, max_bytes=limits.max_bytes)
     wrong = looks_wrong(ref.filename, got.head)
     if wrong is not None:
-        raise _Unobtainable(
-            Uncollected.INVALID, f"Output {ref.filename!r} of node {ref.node} is wrong: {wrong}."
-        )
+        raise _Unobtainable(Uncollected.INVALID, f"The {_named(ref)} is wrong: {wrong}.")
     name = local_name(ref.node, index, ref.filename, got.head)
     with full_disk_told():
         part.rename(stage.part_path(name))

@@ -2,27 +2,34 @@
 
 Pictures are of one colour each, which is enough to follow them through a graph. Classes whose name
 begins with `Sim` exist in the simulator only; `SimUi` outputs any ui object, given as JSON, and
-makes the files that it names.
+makes the files that it names: right ones for their endings, unless it is told what is in them.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import posixpath
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from comfyd.simulator import media
-from comfyd.simulator.files import FOLDERS, Files, split_annotated
+from comfyd.simulator.files import FOLDERS, Files, is_inside, split_annotated
 from comfyd.simulator.nodes import (
     Image,
     InputSpec,
+    Latent,
     NodeClass,
     NodeError,
     Result,
     Run,
     ServerCrashError,
+    Sound,
     Values,
+    Video,
+    without_choices,
 )
 
 MAX_SIDE_PX: Final = 16384
@@ -53,10 +60,16 @@ def _save(run: Run, folder: str, prefix: str, contents: list[bytes], ending: str
     return saved
 
 
-def _pngs(run: Run, image: Image) -> list[bytes]:
+def _texts(run: Run) -> dict[str, str]:
+    """What goes into a file beside the picture."""
     texts = {"prompt": json.dumps(run.prompt)}
     for key, value in (run.extra_pnginfo or {}).items():
         texts[key] = json.dumps(value)
+    return texts
+
+
+def _pngs(run: Run, image: Image) -> list[bytes]:
+    texts = _texts(run)
     content = media.png(image.width_px, image.height_px, image.rgb, texts)
     return [content] * image.frames
 
@@ -108,6 +121,61 @@ async def _save_animated_webp(run: Run, values: Values) -> Result:
     content = [media.ANIMATED_WEBP]
     saved = _save(run, "output", values["filename_prefix"], content, "webp")
     return Result(ui={"images": saved, "animated": [values["images"].frames != 1]})
+
+
+async def _save_animated_png(run: Run, values: Values) -> Result:
+    # Equal frames are merged into one, and then it is a plain PNG.
+    content = _pngs(run, values["images"])[:1]
+    saved = _save(run, "output", values["filename_prefix"], content, "png")
+    return Result(ui={"images": saved, "animated": [True]})
+
+
+async def _save_webm(run: Run, values: Values) -> Result:
+    saved = _save(run, "output", values["filename_prefix"], [media.WEBM], "webm")
+    return Result(ui={"images": saved, "animated": [True]})
+
+
+async def _create_video(run: Run, values: Values) -> Result:
+    return Result((Video(values["images"], values["fps"]),))
+
+
+async def _save_video(run: Run, values: Values) -> Result:
+    saved = _save(run, "output", values["filename_prefix"], [media.MP4], "mp4")
+    return Result(ui={"images": saved, "animated": [True]})
+
+
+async def _empty_audio(run: Run, values: Values) -> Result:
+    return Result((Sound(values["duration"]),))
+
+
+def _saves_audio(ending: str) -> Callable[[Run, Values], Awaitable[Result]]:
+    async def save(run: Run, values: Values) -> Result:
+        content = [media.SAMPLES[ending]]
+        return Result(
+            ui={"audio": _save(run, "output", values["filename_prefix"], content, ending)}
+        )
+
+    return save
+
+
+async def _preview_audio(run: Run, values: Values) -> Result:
+    prefix = f"ComfyUI_temp_{run.temp_tag}"
+    return Result(ui={"audio": _save(run, "temp", prefix, [media.FLAC], "flac")})
+
+
+async def _empty_latent_image(run: Run, values: Values) -> Result:
+    return Result((Latent(values["width"] // 8, values["height"] // 8, values["batch_size"]),))
+
+
+async def _save_latent(run: Run, values: Values) -> Result:
+    samples: Latent = values["samples"]
+    content = [media.latent(samples.width, samples.height, samples.batch, _texts(run))]
+    saved = _save(run, "output", values["filename_prefix"], content, "latent")
+    return Result(ui={"latents": saved})
+
+
+async def _preview_3d(run: Run, values: Values) -> Result:
+    return Result(ui={"result": [values["model_file"], values.get("camera_info")]})
 
 
 async def _preview_any(run: Run, values: Values) -> Result:
@@ -167,17 +235,30 @@ async def _sim_fail(run: Run, values: Values) -> Result:
 
 async def _sim_ui(run: Run, values: Values) -> Result:
     try:
-        ui = json.loads(values["ui"])
+        ui, contents = json.loads(values["ui"]), json.loads(values.get("contents", "{}"))
     except ValueError as error:
         raise NodeError(str(error), "json.decoder.JSONDecodeError") from None
     if not isinstance(ui, dict) or not all(isinstance(items, list) for items in ui.values()):
         raise NodeError("a ui is an object of lists", "TypeError")
-    for items in ui.values():
-        for item in items:
-            if isinstance(item, dict) and item.get("type", "output") in FOLDERS:
+    for item in (item for items in ui.values() for item in items):
+        match item:
+            case {"filename": str(name)} if name:
                 folder, subfolder = item.get("type", "output"), item.get("subfolder", "")
-                run.files.write(folder, subfolder, item["filename"], b"simulated")
+                content = contents.get(name, "sample")
+                is_there = content is not None and folder in FOLDERS
+                if is_there and is_inside(posixpath.join(subfolder, name)):
+                    run.files.write(folder, subfolder, name, _content(name, content))
     return Result(ui=ui)
+
+
+def _content(name: str, content: str) -> bytes:
+    if content == "sample":
+        return media.SAMPLES.get(name.rpartition(".")[2], b"simulated")
+    return base64.b64decode(content)
+
+
+async def _sim_model(run: Run, values: Values) -> Result:
+    return Result((values["image"],))
 
 
 async def _sim_crash(run: Run, values: Values) -> Result:
@@ -189,8 +270,18 @@ def _side(least: int) -> InputSpec:
 
 
 _PREFIX: Final[InputSpec] = ["STRING", {"default": "ComfyUI"}]
+_AUDIO_PREFIX: Final[InputSpec] = ["STRING", {"default": "audio/ComfyUI"}]
+_AUDIO_SAVERS: Final[tuple[tuple[str, str, dict[str, InputSpec]], ...]] = (
+    ("SaveAudio", "flac", {}),
+    ("SaveAudioMP3", "mp3", {"quality": [["V0", "128k", "320k"], {"default": "V0"}]}),
+    (
+        "SaveAudioOpus",
+        "opus",
+        {"quality": [["64k", "96k", "128k", "192k", "320k"], {"default": "128k"}]},
+    ),
+)
 _METHODS: Final = ["nearest-exact", "bilinear", "area", "bicubic", "lanczos"]
-NODE_CLASSES: Final = {
+NODE_CLASSES: Final[dict[str, NodeClass]] = {
     node_class.name: node_class
     for node_class in (
         NodeClass(
@@ -259,6 +350,103 @@ NODE_CLASSES: Final = {
             _save_animated_webp,
             is_output=True,
         ),
+        NodeClass(
+            "SaveAnimatedPNG",
+            {
+                "images": ["IMAGE"],
+                "filename_prefix": _PREFIX,
+                "fps": ["FLOAT", {"default": 6.0, "min": 0.01, "max": 1000.0, "step": 0.01}],
+                "compress_level": ["INT", {"default": 4, "min": 0, "max": 9}],
+            },
+            _save_animated_png,
+            is_output=True,
+        ),
+        NodeClass(
+            "SaveWEBM",
+            {
+                "images": ["IMAGE", {}],
+                "filename_prefix": _PREFIX,
+                "codec": ["COMBO", {"multiselect": False, "options": ["vp9", "av1"]}],
+                "fps": ["FLOAT", {"default": 24.0, "min": 0.01, "max": 1000.0, "step": 0.01}],
+                "crf": ["FLOAT", {"default": 32.0, "min": 0, "max": 63.0, "step": 1}],
+            },
+            _save_webm,
+            is_output=True,
+        ),
+        NodeClass(
+            "CreateVideo",
+            {
+                "images": ["IMAGE", {}],
+                "fps": ["FLOAT", {"default": 30.0, "min": 1.0, "max": 120.0, "step": 1.0}],
+            },
+            _create_video,
+            optional={"audio": ["AUDIO", {}]},
+            returns=("VIDEO",),
+        ),
+        NodeClass(
+            "SaveVideo",
+            {
+                "video": ["VIDEO", {}],
+                "filename_prefix": ["STRING", {"default": "video/ComfyUI"}],
+                "format": ["COMBO", {"default": "auto", "options": ["auto", "mp4"]}],
+                "codec": ["COMBO", {"default": "auto", "options": ["auto", "h264"]}],
+            },
+            _save_video,
+            is_output=True,
+        ),
+        NodeClass(
+            "EmptyAudio",
+            {
+                "duration": ["FLOAT", {"default": 60.0, "min": 0.0, "max": 2**64 - 1}],
+                "sample_rate": ["INT", {"default": 44100}],
+                "channels": ["INT", {"default": 2, "min": 1, "max": 2}],
+            },
+            _empty_audio,
+            returns=("AUDIO",),
+            category="audio",
+        ),
+        *(
+            NodeClass(
+                name,
+                {"audio": ["AUDIO"], "filename_prefix": _AUDIO_PREFIX, **more},
+                _saves_audio(ending),
+                is_output=True,
+                category="audio",
+            )
+            for name, ending, more in _AUDIO_SAVERS
+        ),
+        NodeClass(
+            "PreviewAudio", {"audio": ["AUDIO"]}, _preview_audio, is_output=True, category="audio"
+        ),
+        NodeClass(
+            "EmptyLatentImage",
+            {
+                "width": ["INT", {"default": 512, "min": 16, "max": MAX_SIDE_PX, "step": 8}],
+                "height": ["INT", {"default": 512, "min": 16, "max": MAX_SIDE_PX, "step": 8}],
+                "batch_size": ["INT", {"default": 1, "min": 1, "max": 4096}],
+            },
+            _empty_latent_image,
+            returns=("LATENT",),
+            category="latent",
+        ),
+        NodeClass(
+            "SaveLatent",
+            {
+                "samples": ["LATENT"],
+                "filename_prefix": ["STRING", {"default": "latents/ComfyUI"}],
+            },
+            _save_latent,
+            is_output=True,
+            category="_for_testing",
+        ),
+        NodeClass(
+            "Preview3D",
+            {"model_file": ["STRING", {"default": "", "multiline": False}]},
+            _preview_3d,
+            optional={"camera_info": ["LOAD3D_CAMERA", {}]},
+            is_output=True,
+            category="3d",
+        ),
         NodeClass("PreviewAny", {"source": ["*", {}]}, _preview_any, is_output=True),
         NodeClass(
             "SimSleep",
@@ -282,7 +470,16 @@ NODE_CLASSES: Final = {
             "SimUi",
             {"ui": ["STRING", {"default": "{}"}]},
             _sim_ui,
+            # By file name, in base64; null makes no file.
+            optional={"contents": ["STRING", {"default": "{}"}]},
             is_output=True,
+            category="simulator",
+        ),
+        NodeClass(
+            "SimModel",
+            {"image": ["IMAGE"], "model": [["base.safetensors", "tuned.safetensors"]]},
+            _sim_model,
+            returns=("IMAGE",),
             category="simulator",
         ),
         NodeClass(
@@ -290,3 +487,21 @@ NODE_CLASSES: Final = {
         ),
     )
 }
+
+
+def installed(
+    missing_nodes: frozenset[str], missing_models: frozenset[str]
+) -> dict[str, NodeClass]:
+    """The node classes of a server that lacks some, and some of the choices of the others."""
+    classes = {name: node for name, node in NODE_CLASSES.items() if name not in missing_nodes}
+    if not missing_models:
+        return classes
+    return {
+        name: replace(
+            node,
+            required={
+                key: without_choices(spec, missing_models) for key, spec in node.required.items()
+            },
+        )
+        for name, node in classes.items()
+    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -22,6 +22,27 @@ from comfyd.simulator.order import Order, is_link
 from comfyd.simulator.promptqueue import Item, Record
 from comfyd.simulator.promptrun import InterruptedRunError, PromptRun
 from comfyd.simulator.validation import Graph
+
+# Message and type by kind, as torch raises them on a card that is broken, or full.
+_CARD_ERRORS: Final = {
+    "cuda": (
+        "CUDA error: an illegal memory access was encountered\n"
+        "CUDA kernel errors might be asynchronously reported at some other API call, so the"
+        " stacktrace below might be incorrect.\n"
+        "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+        "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n",
+        "RuntimeError",
+    ),
+    "memory": (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB"
+        " of which 1.02 GiB is free.",
+        "torch.OutOfMemoryError",
+    ),
+    "other": (
+        "mat1 and mat2 shapes cannot be multiplied (154x2048 and 768x320)",
+        "RuntimeError",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +167,14 @@ class Executor:
     async def _node(self, prompt: PromptRun, node_id: str, values: dict[str, Any]) -> Result:
         prompt.check_interrupt()
         node_class = NODE_CLASSES[prompt.graph[node_id]["class_type"]]
+        card = self._faults.card_fails
+        if card is not None and self._faults.strikes(card):
+            raise NodeError(*_CARD_ERRORS[card.kind])
+        if self._faults.strikes(self._faults.hangs):
+            await trio.sleep_forever()
+        if self._faults.strikes(self._faults.stalls):
+            await prompt.interrupted.wait()
+            prompt.check_interrupt()
         await trio.sleep(self._run_s)
         return await node_class.run(prompt, values)
 

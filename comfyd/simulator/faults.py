@@ -32,7 +32,9 @@ MESSAGE_TYPES: Final = frozenset(
         "all",
     }
 )
+CARD_FAILURES: Final = ("cuda", "memory", "other")
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS_BYTES: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 @dataclass(slots=True)
@@ -72,17 +74,38 @@ def _duration_s(text: str) -> float:
     return float(match[1]) * _UNITS_S[match[2]]
 
 
+def _size_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)(B|KiB|MiB|GiB)", text)
+    if match is None:
+        raise ValueError(f"a size is written 512B, 64KiB or 16MiB, not {text!r}")
+    return int(match[1]) * _UNITS_BYTES[match[2]]
+
+
 def _number(text: str) -> int:
     if not text.isdecimal():
         raise ValueError(f"a whole number is wanted, not {text!r}")
     return int(text)
 
 
-def _status(text: str) -> PostFail:
+def _status(text: str) -> StatusFail:
     status, _, how_often = text.partition(":")
     if not (status.isdecimal() and 400 <= int(status) <= 599):
         raise ValueError(f"an HTTP status from 400 to 599 is wanted, not {status!r}")
-    return PostFail(int(status), _how_often(how_often))
+    return StatusFail(int(status), _how_often(how_often))
+
+
+def _card(text: str) -> CardFail:
+    kind, _, how_often = text.partition(":")
+    if kind not in CARD_FAILURES:
+        raise ValueError(f"{', '.join(CARD_FAILURES[:-1])} or other is wanted, not {kind!r}")
+    return CardFail(kind, _how_often(how_often))
+
+
+def _names(text: str) -> frozenset[str]:
+    names = frozenset(text.split(","))
+    if "" in names:
+        raise ValueError("a name is wanted, or several with commas between them")
+    return names
 
 
 def _half_open(text: str) -> str:
@@ -98,10 +121,18 @@ def _nothing(text: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class PostFail:
-    """The status with which POST /prompt fails, and when."""
+class StatusFail:
+    """The HTTP status with which a request fails, and when."""
 
     status: int
+    how_often: HowOften
+
+
+@dataclass(frozen=True, slots=True)
+class CardFail:
+    """What a broken card makes nodes raise (one of CARD_FAILURES), and when."""
+
+    kind: str
     how_often: HowOften
 
 
@@ -153,6 +184,19 @@ SWITCHES: Final = (
         "post_delay_s",
         _duration_s,
     ),
+    Switch(
+        "missing-node", "CLASS[,CLASS]", "node classes are not installed", "missing_nodes", _names
+    ),
+    Switch("missing-model", "NAME[,NAME]", "no list of choices holds it", "missing_models", _names),
+    Switch(
+        "max-upload",
+        "SIZE",
+        "413 for a request body that is larger",
+        "max_upload_bytes",
+        _size_bytes,
+    ),
+    Switch("upload-fail", "STATUS[:HOW-OFTEN]", "POST /upload/* fails", "upload_fail", _status),
+    Switch("view-fail", "STATUS[:HOW-OFTEN]", "GET /view fails", "view_fail", _status),
     Switch("view-truncate", _OFTEN, "/view ends half way", "view_truncate", _how_often),
     Switch("view-wrong", _OFTEN, "/view answers 200 with HTML", "view_wrong", _how_often),
     Switch("view-missing", _OFTEN, "404 for /view", "view_missing", _how_often),
@@ -160,11 +204,24 @@ SWITCHES: Final = (
         "interrupt-ignored", _OFTEN, "/interrupt has no effect", "interrupt_ignored", _how_often
     ),
     Switch(
+        "card-fails",
+        "KIND[:HOW-OFTEN]",
+        "a node raises at once, as on a broken card (cuda, memory, other)",
+        "card_fails",
+        _card,
+    ),
+    Switch("node-stalls", _OFTEN, "a node stands still until interrupted", "stalls", _how_often),
+    Switch("node-hangs", _OFTEN, "a node stands still, interrupted or not", "hangs", _how_often),
+    Switch(
+        "crash-down", "DURATION", "after a crash its port refuses that long", "down_s", _duration_s
+    ),
+    Switch(
         "restart-after", "N", "memory is lost as each N+1st prompt starts", "restart_after", _number
     ),
     Switch(
         "zombie-worker", _OFTEN, "the worker takes a prompt and dies", "zombie_worker", _how_often
     ),
+    Switch("stuck-worker", "", "the worker takes no prompt: all wait", "stuck_worker", _nothing),
     Switch("slow", "DURATION", "every HTTP answer takes that long", "slow_s", _duration_s),
 )
 _BY_NAME: Final = {switch.name: switch for switch in SWITCHES}
@@ -228,16 +285,26 @@ class Faults:
     queue_fail: HowOften | None = None
     evict_history: int | None = None
     post_refuse: HowOften | None = None
-    post_fail: PostFail | None = None
+    post_fail: StatusFail | None = None
     post_ambiguous: HowOften | None = None
     post_hang: HowOften | None = None
     post_delay_s: float = 0.0
+    missing_nodes: frozenset[str] = frozenset()
+    missing_models: frozenset[str] = frozenset()
+    max_upload_bytes: int | None = None
+    upload_fail: StatusFail | None = None
+    view_fail: StatusFail | None = None
     view_truncate: HowOften | None = None
     view_wrong: HowOften | None = None
     view_missing: HowOften | None = None
     interrupt_ignored: HowOften | None = None
+    card_fails: CardFail | None = None
+    stalls: HowOften | None = None
+    hangs: HowOften | None = None
+    down_s: float = 0.0
     restart_after: int | None = None
     zombie_worker: HowOften | None = None
+    stuck_worker: bool = False
     slow_s: float = 0.0
     _changed: trio.Event = field(default_factory=trio.Event, repr=False, compare=False)
 
@@ -273,9 +340,12 @@ class Faults:
             if name != "_changed":
                 setattr(self, name, value)
 
-    def strikes(self, how_often: HowOften | None) -> bool:
+    def strikes(self, fault: HowOften | StatusFail | CardFail | None) -> bool:
         """Whether that fault strikes now."""
-        return how_often is not None and how_often.strikes(self.chance)
+        if fault is None:
+            return False
+        how_often = fault if isinstance(fault, HowOften) else fault.how_often
+        return how_often.strikes(self.chance)
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)

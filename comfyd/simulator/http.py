@@ -67,8 +67,6 @@ class Upgrade:
     serve: Callable[[trio.abc.Stream, h11.Request], Awaitable[None]]
 
 
-_TOO_LARGE: Final = Response(413, b"413: Request Entity Too Large", "text/plain; charset=utf-8")
-
 Answer = Response | Hangup | Silence | Upgrade
 Handler = Callable[[Request], Awaitable[Answer]]
 
@@ -81,6 +79,12 @@ def server_error() -> Response:
     """What aiohttp answers when a request handler raised."""
     text = b"500 Internal Server Error\n\nServer got itself in trouble"
     return Response(500, text, "text/plain; charset=utf-8")
+
+
+def too_large(limit_bytes: int) -> Response:
+    """What aiohttp answers to a request whose body is larger than it takes."""
+    text = f"Maximum request body size {limit_bytes} exceeded."
+    return Response(413, text.encode(), "text/plain; charset=utf-8")
 
 
 async def serve_http(stream: trio.abc.Stream, handle: Handler) -> None:
@@ -99,7 +103,7 @@ async def _serve_one(stream: trio.abc.Stream, connection: h11.Connection, handle
             return False
         body = bytearray()
         if _declared_bytes(head) > MAX_BODY_BYTES:
-            await _send(stream, connection, _TOO_LARGE)
+            await _send(stream, connection, too_large(MAX_BODY_BYTES))
             return False
         if not _is_upgrade(head):
             while isinstance(event := await _next_event(stream, connection), h11.Data):
@@ -111,7 +115,7 @@ async def _serve_one(stream: trio.abc.Stream, connection: h11.Connection, handle
         await _send(stream, connection, Response(400))
         return False
     if len(body) > MAX_BODY_BYTES:
-        await _send(stream, connection, _TOO_LARGE)
+        await _send(stream, connection, too_large(MAX_BODY_BYTES))
         return False
     answer = await handle(_request(head, bytes(body)))
     match answer:
@@ -167,7 +171,9 @@ async def _send(stream: trio.abc.Stream, connection: h11.Connection, response: R
     headers |= response.headers
     if response.status >= 500:
         headers["Connection"] = "close"
-    head = h11.Response(status_code=response.status, headers=list(headers.items()))
+    # aiohttp writes headers in UTF-8, whatever a file's name is.
+    fields = [(name.encode(), value.encode()) for name, value in headers.items()]
+    head = h11.Response(status_code=response.status, headers=fields)
     out = connection.send(head) or b""
     if response.sent_bytes is not None:
         await stream.send_all(out + response.body[: response.sent_bytes])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 import zlib
 from typing import Final
@@ -21,6 +22,50 @@ PREVIEW_JPEG: Final = base64.b64decode(
     "////////////////////////////////wAALCAAIAAgBAREA/8QAFAABAAAAAAAAAAAAAAAAAAAAAP/EABQQAQAA"
     "AAAAAAAAAAAAAAAAAAD/2gAIAQEAAD8AP//Z"
 )
+# 192 samples of silence, mono.
+FLAC: Final = base64.b64decode(
+    "ZkxhQ4AAACIAwADAAAAAAAAACsRA8AAAAMAP6Lb/ICorgmy3P8UNCJ6b//gZCAC6AAAAMLI="
+)
+# Three frames of silence, mono, 32 kbit/s.
+MP3: Final = (b"\xff\xfb\x10\xc4" + bytes(100)) * 3
+# 20 ms of silence, mono.
+OPUS: Final = base64.b64decode(
+    "T2dnUwACAAAAAAAAAAABAAAAAAAAAIRs2SQBE09wdXNIZWFkAQEAAIC7AAAAAABPZ2dTAAAAAAAAAAAAAAEAAAABAAAA"
+    "Ti3kkgEWT3B1c1RhZ3MGAAAAY29tZnlkAAAAAE9nZ1MABMADAAAAAAAAAQAAAAIAAAApk7DdAQP4//4="
+)
+# Containers without a track.
+MP4: Final = base64.b64decode(
+    "AAAAHGZ0eXBpc29tAAACAGlzb21pc28ybXA0MQAAAHRtb292AAAAbG12aGQAAAAAAAAAAAAAAAAAAAPoAAAAAAABAAAB"
+    "AAAAAAAAAAAAAAAAAQAAAAAAAAAAAAAAAAAAAAEAAAAAAAAAAAAAAAAAAEAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+    "AAAAAAAB"
+)
+WEBM: Final = base64.b64decode(
+    "GkXfo49CgoR3ZWJtQoeBAkKFgQIYU4BnnhVJqWaZKtexgw9CQE2AhmNvbWZ5ZFdBhmNvbWZ5ZA=="
+)
+# One pixel.
+GIF: Final = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
+# An empty scene.
+GLB: Final = (
+    struct.pack("<4sIIII", b"glTF", 2, 48, 28, 0x4E4F534A) + b'{"asset":{"version":"2.0"}} '
+)
+
+
+def latent(width: int, height: int, batch: int, texts: dict[str, str]) -> bytes:
+    """A safetensors file as SaveLatent writes it, of zeros, with *texts* as its metadata."""
+    end = 4 * 4 * width * height * batch
+    head = json.dumps(
+        {
+            "__metadata__": texts,
+            "latent_format_version_0": {"dtype": "F32", "shape": [0], "data_offsets": [end, end]},
+            "latent_tensor": {
+                "dtype": "F32",
+                "shape": [batch, 4, height, width],
+                "data_offsets": [0, end],
+            },
+        }
+    ).encode()
+    head += b" " * (-len(head) % 8)
+    return struct.pack("<Q", len(head)) + head + bytes(end)
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
@@ -45,6 +90,24 @@ def png(width_px: int, height_px: int, rgb: tuple[int, int, int], texts: dict[st
             _chunk(b"IEND", b""),
         )
     )
+
+
+# A right file for each ending.
+SAMPLES: Final = {
+    "png": png(2, 2, (0, 0, 0), {}),
+    "jpg": PREVIEW_JPEG,
+    "webp": ANIMATED_WEBP,
+    "gif": GIF,
+    "flac": FLAC,
+    "mp3": MP3,
+    "opus": OPUS,
+    "mp4": MP4,
+    "webm": WEBM,
+    "glb": GLB,
+    "latent": latent(1, 1, 1, {}),
+    "json": b"{}",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+}
 
 
 def size_px(content: bytes) -> tuple[int, int] | None:

@@ -12,6 +12,20 @@ Values = dict[str, Any]
 InputSpec = list[Any]
 
 
+def choices_of(spec: InputSpec) -> list[str] | None:
+    """The values that an input may have; None if it is no list of choices."""
+    # A COMBO with `options`, the newer way to write it, is not checked by ComfyUI 0.3.64.
+    return spec[0] if isinstance(spec[0], list) else None
+
+
+def without_choices(spec: InputSpec, gone: frozenset[str]) -> InputSpec:
+    """*spec* without those of *gone* among its choices."""
+    choices = choices_of(spec)
+    if choices is None:
+        return spec
+    return [[choice for choice in choices if choice not in gone], *spec[1:]]
+
+
 class NodeError(Exception):
     """A node raised; *kind* is the exception's name as ComfyUI would report it."""
 
@@ -35,6 +49,30 @@ class Image:
 
     def __str__(self) -> str:
         return f"tensor({self.frames}x{self.height_px}x{self.width_px}, {self.rgb})"
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """Silence of some length."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """A batch of latent pictures, all zero; sides in latent pixels."""
+
+    width: int
+    height: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """Pictures at a pace."""
+
+    images: Image
+    fps: float
 
 
 @dataclass(frozen=True, slots=True)

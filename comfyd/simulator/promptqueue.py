@@ -73,9 +73,12 @@ class PromptQueue:
           TypeError: as `put`; in ComfyUI this kills the worker.
 
         """
-        while not self._pending:
-            self._filled = trio.Event()
-            await self._filled.wait()
+        while not self._pending or self._faults.stuck_worker:
+            if self._pending:
+                await self._faults.wait_changed()
+            else:
+                self._filled = trio.Event()
+                await self._filled.wait()
         self._running = heapq.heappop(self._pending)
         self._announce(self.remaining)
         return self._running

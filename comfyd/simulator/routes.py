@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import trio
 
-from comfyd.simulator.catalogue import NODE_CLASSES
+from comfyd.simulator.catalogue import installed
 from comfyd.simulator.faults import Faults
 from comfyd.simulator.files import FOLDERS, Files, is_inside, split_annotated
 from comfyd.simulator.http import (
@@ -29,12 +29,13 @@ from comfyd.simulator.http import (
     Silence,
     json_response,
     server_error,
+    too_large,
 )
 from comfyd.simulator.memory import Memory, exec_info
 from comfyd.simulator.multipart import parse_form
+from comfyd.simulator.nodes import NodeClass
 from comfyd.simulator.validation import validate
 
-FEATURES: Final = {"supports_preview_metadata": True, "max_upload_size": MAX_BODY_BYTES}
 _RAM_BYTES: Final = 32 * 1024**3
 _VRAM_BYTES: Final = 24 * 1024**3
 _log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class Routes:
             return Silence()
         if is_cross_origin(request):
             return Response(403)
+        if len(request.body) > (limit := features(self._faults)["max_upload_size"]):
+            return too_large(limit)
         path = request.path.removeprefix("/api")
         try:
             return await self._route(request.method, path, request)
@@ -102,12 +105,12 @@ class Routes:
             case "GET", ["system_stats"]:
                 return json_response(self._stats())
             case "GET", ["features"]:
-                return json_response(FEATURES)
+                return json_response(features(self._faults))
             case "GET", ["object_info"]:
-                return json_response({name: node.info() for name, node in NODE_CLASSES.items()})
+                return json_response({name: node.info() for name, node in self._classes().items()})
             case "GET", ["object_info", name]:
-                known = {name: NODE_CLASSES[name].info()} if name in NODE_CLASSES else {}
-                return json_response(known)
+                node_class = self._classes().get(name)
+                return json_response({} if node_class is None else {name: node_class.info()})
             case "POST", ["free"]:
                 request.json()
                 return Response()
@@ -121,7 +124,7 @@ class Routes:
         faults = self._faults
         if faults.strikes(faults.post_refuse):
             return Hangup()
-        if faults.post_fail is not None and faults.strikes(faults.post_fail.how_often):
+        if faults.post_fail is not None and faults.strikes(faults.post_fail):
             return Response(faults.post_fail.status, b"on purpose", "text/plain; charset=utf-8")
         # A client that gives up does not stop the handler: the prompt is queued all the same.
         await trio.sleep(faults.post_delay_s)
@@ -145,7 +148,8 @@ class Routes:
             error = {"type": "no_prompt", "message": text, "details": text, "extra_info": {}}
             return json_response({"error": error, "node_errors": {}}, 400)
         prompt_id = str(body.get("prompt_id", uuid.uuid4()))
-        verdict = validate(body["prompt"], self._files, body.get("partial_execution_targets"))
+        targets = body.get("partial_execution_targets")
+        verdict = validate(body["prompt"], self._classes(), self._files, targets)
         extra_data = body.get("extra_data", {})
         if "client_id" in body:
             extra_data["client_id"] = body["client_id"]
@@ -203,6 +207,9 @@ class Routes:
         return Response()
 
     def _get_view(self, query: dict[str, str]) -> Response:
+        fail = self._faults.view_fail
+        if fail is not None and self._faults.strikes(fail):
+            return Response(fail.status, b"on purpose", "text/plain; charset=utf-8")
         if "filename" not in query:
             return Response(404)
         name, folder = split_annotated(query["filename"], query.get("type", "output"))
@@ -229,6 +236,9 @@ class Routes:
         )
 
     def _post_upload(self, request: Request) -> Response:
+        fail = self._faults.upload_fail
+        if fail is not None and self._faults.strikes(fail):
+            return Response(fail.status, b"on purpose", "text/plain; charset=utf-8")
         kind = request.headers.get("content-type", "")
         form = parse_form(kind, request.body) if kind.startswith("multipart/form-data") else {}
         image = form.get("image")
@@ -250,6 +260,9 @@ class Routes:
         self._files.write(folder, subfolder, name, image.content)
         self.uploads[name] += 1
         return json_response({"name": name, "subfolder": subfolder, "type": folder})
+
+    def _classes(self) -> dict[str, NodeClass]:
+        return installed(self._faults.missing_nodes, self._faults.missing_models)
 
     def _stats(self) -> dict[str, Any]:
         return {
@@ -278,6 +291,15 @@ class Routes:
                 }
             ],
         }
+
+
+def features(faults: Faults) -> dict[str, Any]:
+    """What GET /features says."""
+    limit = faults.max_upload_bytes
+    return {
+        "supports_preview_metadata": True,
+        "max_upload_size": MAX_BODY_BYTES if limit is None else min(limit, MAX_BODY_BYTES),
+    }
 
 
 def is_cross_origin(request: Request) -> bool:

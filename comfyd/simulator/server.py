@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import h11
 import trio
@@ -21,7 +21,7 @@ from comfyd.simulator.files import DiskFiles, Files, MemoryFiles
 from comfyd.simulator.http import Answer, Request, Upgrade, serve_http
 from comfyd.simulator.memory import Memory, exec_info
 from comfyd.simulator.nodes import ServerCrashError
-from comfyd.simulator.routes import FEATURES, Routes, is_cross_origin
+from comfyd.simulator.routes import Routes, features, is_cross_origin
 from comfyd.simulator.websocket import WebSocket
 
 HOST: Final = "127.0.0.1"
@@ -252,9 +252,22 @@ class Simulator:
                 await socket.send(json.dumps(now))
             if self.faults.strikes(self.faults.deaf):
                 memory.hub.disconnect(sid)
-            await socket.serve(memory.hub, sid, dict(FEATURES))
+            await socket.serve(memory.hub, sid, features(self.faults))
         finally:
             memory.hub.disconnect(sid)
+
+    async def _crash(self) -> NoReturn:
+        """What a process that dies does to its port, and a supervisor that starts it again."""
+        if self.faults.down_s and self._nursery is not None:
+            self._nursery.start_soon(self._come_back, self.faults.down_s)
+            self.kill()
+        else:
+            self.restart()
+        await trio.sleep_forever()
+
+    async def _come_back(self, down_s: float) -> None:
+        await trio.sleep(down_s)
+        self.revive()
 
     async def _work(self, memory: Memory) -> None:
         """The one worker of one life."""
@@ -273,8 +286,7 @@ class Simulator:
             try:
                 record = await memory.executor.execute(item)
             except ServerCrashError:
-                self.restart()
-                await trio.sleep_forever()
+                await self._crash()
             memory.queue.task_done(record)
             memory.done += 1
             client_id = memory.executor.client_id

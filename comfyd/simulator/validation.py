@@ -6,12 +6,12 @@ and the errors of the others come along with the acceptance.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from comfyd.simulator.catalogue import NODE_CLASSES
 from comfyd.simulator.files import Files
-from comfyd.simulator.nodes import InputSpec, NodeClass
+from comfyd.simulator.nodes import InputSpec, NodeClass, choices_of
 
 Graph = dict[str, dict[str, Any]]
 Reason = dict[str, Any]
@@ -36,11 +36,14 @@ class Verdict:
     node_errors: dict[str, Any] = field(default_factory=dict)
 
 
-def validate(graph: Graph, files: Files, targets: list[str] | None) -> Verdict:
+def validate(
+    graph: Graph, classes: Mapping[str, NodeClass], files: Files, targets: list[str] | None
+) -> Verdict:
     """Check *graph*, converting literal inputs in place as ComfyUI does.
 
-    *targets* are the output nodes that are wanted; None means all. A graph that is no object of
-    objects raises TypeError or the like, for which the server answers 500.
+    *classes* are the node classes that are installed, by name; *targets* are the output nodes that
+    are wanted, None means all. A graph that is no object of objects raises TypeError or the like,
+    for which the server answers 500.
     """
     outputs = []
     for node_id in graph:
@@ -48,7 +51,7 @@ def validate(graph: Graph, files: Files, targets: list[str] | None) -> Verdict:
             message = "Cannot execute because a node is missing the class_type property."
             return Verdict(_error("invalid_prompt", message, f"Node ID '#{node_id}'"))
         class_type = graph[node_id]["class_type"]
-        node_class = NODE_CLASSES.get(class_type)
+        node_class = classes.get(class_type)
         if node_class is None:
             message = f"Cannot execute because node {class_type} does not exist."
             return Verdict(_error("invalid_prompt", message, f"Node ID '#{node_id}'"))
@@ -56,7 +59,7 @@ def validate(graph: Graph, files: Files, targets: list[str] | None) -> Verdict:
             outputs.append(node_id)
     if not outputs:
         return Verdict(_error("prompt_no_outputs", "Prompt has no outputs", ""))
-    return _Validation(graph, files).outputs(outputs)
+    return _Validation(graph, classes, files).outputs(outputs)
 
 
 def _error(kind: str, message: str, details: str) -> dict[str, Any]:
@@ -66,8 +69,9 @@ def _error(kind: str, message: str, details: str) -> dict[str, Any]:
 class _Validation:
     """One pass over one graph; remembers what was found of each node."""
 
-    def __init__(self, graph: Graph, files: Files) -> None:
+    def __init__(self, graph: Graph, classes: Mapping[str, NodeClass], files: Files) -> None:
         self._graph = graph
+        self._classes = classes
         self._files = files
         self._found: dict[str, list[Reason] | None] = {}  # None: valid; a list: not, and why
         self._node_errors: dict[str, Any] = {}
@@ -126,7 +130,7 @@ class _Validation:
         if node_id in above:
             return []  # a cycle: ComfyUI refuses it without a word
         inputs = self._graph[node_id]["inputs"]
-        node_class = NODE_CLASSES[self._graph[node_id]["class_type"]]
+        node_class = self._classes[self._graph[node_id]["class_type"]]
         reasons: list[Reason] = []
         is_valid = True
         for name, spec in (node_class.required | node_class.optional).items():
@@ -162,7 +166,7 @@ class _Validation:
             extra: dict[str, Any] = {"input_config": config, "received_value": link}
             return _reason("bad_linked_input", message, name, name, **extra), True
         source, slot = link
-        received = NODE_CLASSES[self._graph[source]["class_type"]].returns[slot]
+        received = self._classes[self._graph[source]["class_type"]].returns[slot]
         if spec[0] not in ("*", received):
             message = "Return type mismatch between linked nodes"
             details = f"{name}, received_type({received}) mismatch input_type({spec[0]})"
@@ -223,7 +227,8 @@ def _literal(
     if "max" in limits and value > limits["max"]:
         message = f"Value {value} bigger than max of {limits['max']}"
         return _reason("value_bigger_than_max", message, name, name, **extra)
-    if isinstance(kind, list) and value not in kind:
-        details = f"{name}: '{value}' not in {kind}"
+    choices = choices_of(spec)
+    if choices is not None and value not in choices:
+        details = f"{name}: '{value}' not in {choices}"
         return _reason("value_not_in_list", "Value not in list", details, name, **extra)
     return None

@@ -32,6 +32,17 @@ def _mpeg_audio(head: bytes) -> bool:
     return head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0)
 
 
+def _jxl(head: bytes) -> bool:
+    return head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"))
+
+
+def _stl(head: bytes) -> bool:
+    """Text that begins with `solid`, or 80 bytes of anything, a count and triangles."""
+    if _text(head):
+        return head.lstrip().startswith(b"solid")
+    return len(head) >= 84 and not head.startswith(b"PK\x03\x04")
+
+
 def _safetensors(head: bytes) -> bool:
     """Eight bytes of little-endian header size, then the header: a JSON object."""
     return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
@@ -86,6 +97,10 @@ _BINARY: Final[dict[str, Callable[[bytes], bool]]] = {
     "exr": _starts(b"\x76\x2f\x31\x01"),
     "hdr": _starts(b"#?RADIANCE", b"#?RGBE"),
     "avif": _heic,
+    "heic": _heic,
+    "jxl": _jxl,
+    "psd": _starts(b"8BPS"),
+    "pdf": _starts(b"%PDF-"),
     "mp4": _boxes,
     "m4v": _boxes,
     "m4a": _boxes,
@@ -100,6 +115,10 @@ _BINARY: Final[dict[str, Callable[[bytes], bool]]] = {
     "ogg": _starts(b"OggS"),
     "opus": _starts(b"OggS"),
     "glb": _starts(b"glTF"),
+    "fbx": _starts(b"Kaydara FBX Binary", b"; FBX"),
+    "ply": _starts(b"ply\n", b"ply\r"),
+    "stl": _stl,
+    "usdz": _starts(b"PK\x03\x04"),
     "zip": _starts(b"PK\x03\x04", b"PK\x05\x06"),
     "npz": _starts(b"PK\x03\x04", b"PK\x05\x06"),
     "npy": _starts(b"\x93NUMPY"),

@@ -94,6 +94,56 @@ def mixed(prefix: str, colour: int = 1) -> Graph:
     }
 
 
+def sounds(prefix: str) -> Graph:
+    """Silence in every format, and as a preview."""
+    return {
+        "1": _node("EmptyAudio", duration=0.1, sample_rate=44100, channels=1),
+        "8": _node("SaveAudio", audio=["1", 0], filename_prefix=f"{prefix}/a"),
+        "9": _node("SaveAudioMP3", audio=["1", 0], filename_prefix=f"{prefix}/b", quality="V0"),
+        "10": _node("SaveAudioOpus", audio=["1", 0], filename_prefix=f"{prefix}/c", quality="64k"),
+        "11": _node("PreviewAudio", audio=["1", 0]),
+    }
+
+
+def films(prefix: str, colour: int = 1) -> Graph:
+    """Moving pictures in every format."""
+    return {
+        "1": _empty(colour, frames=3),
+        "2": _node("CreateVideo", images=["1", 0], fps=24.0),
+        "8": _node(
+            "SaveAnimatedPNG",
+            images=["1", 0],
+            filename_prefix=f"{prefix}/a",
+            fps=6.0,
+            compress_level=4,
+        ),
+        "9": _node(
+            "SaveWEBM",
+            images=["1", 0],
+            filename_prefix=f"{prefix}/b",
+            codec="vp9",
+            fps=24.0,
+            crf=32.0,
+        ),
+        "10": _node(
+            "SaveVideo",
+            video=["2", 0],
+            filename_prefix=f"{prefix}/c",
+            format="auto",
+            codec="auto",
+        ),
+    }
+
+
+def latent(prefix: str) -> Graph:
+    """A latent picture, and what a 3D preview says of a file."""
+    return {
+        "1": _node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "8": _node("SaveLatent", samples=["1", 0], filename_prefix=f"{prefix}/a"),
+        "9": _node("Preview3D", model_file="mesh.glb"),
+    }
+
+
 def load(name: str, prefix: str) -> Graph:
     """An uploaded picture, inverted and saved."""
     return {

@@ -9,6 +9,7 @@ import zlib
 import httpx
 import pytest
 
+from comfyd.spool.media import local_name
 from tests.contract import graphs
 from tests.contract.wire import Session
 
@@ -62,6 +63,61 @@ async def test_every_kind_of_output_is_recorded(session: Session) -> None:
         "10": {"images": [file(f"{session.prefix}-anim_00001_.webp")], "animated": [True]},
         "12": {"text": [f"text of {session.prefix}"]},
     }
+
+
+def lies(key: str, name: str, **more: object) -> dict[str, object]:
+    """What a node says that saved one file in the folder PREFIX."""
+    subfolder, _, filename = name.rpartition("/")
+    return {key: [{"filename": filename, "subfolder": subfolder, "type": "output"}], **more}
+
+
+async def test_sounds_are_recorded(session: Session) -> None:
+    outputs = await run(session, graphs.sounds(session.prefix))
+    preview = outputs.pop("11")
+
+    assert outputs == {
+        "8": lies("audio", f"{session.prefix}/a_00001_.flac"),
+        "9": lies("audio", f"{session.prefix}/b_00001_.mp3"),
+        "10": lies("audio", f"{session.prefix}/c_00001_.opus"),
+    }
+    ((file,),) = preview.values()  # type: ignore[attr-defined]
+    assert (file["type"], file["filename"][-5:]) == ("temp", ".flac")
+
+
+async def test_films_are_recorded_as_animated_pictures(session: Session) -> None:
+    outputs = await run(session, graphs.films(session.prefix, session.colour))
+
+    assert outputs == {
+        "8": lies("images", f"{session.prefix}/a_00001_.png", animated=[True]),
+        "9": lies("images", f"{session.prefix}/b_00001_.webm", animated=[True]),
+        "10": lies("images", f"{session.prefix}/c_00001_.mp4", animated=[True]),
+    }
+
+
+async def test_latents_are_recorded_and_a_3d_preview_is_no_file(session: Session) -> None:
+    outputs = await run(session, graphs.latent(session.prefix))
+
+    assert outputs == {
+        "8": lies("latents", f"{session.prefix}/a_00001_.latent"),
+        "9": {"result": ["mesh.glb", None]},
+    }
+
+
+async def test_saved_files_are_what_their_names_say(session: Session) -> None:
+    seen = set()
+    for graph in (
+        graphs.sounds(session.prefix),
+        graphs.films(f"{session.prefix}-f", session.colour),
+        graphs.latent(f"{session.prefix}-l"),
+    ):
+        for keys in (await run(session, graph)).values():
+            for item in (item for items in keys.values() for item in items):  # type: ignore[attr-defined]
+                if isinstance(item, dict):
+                    response = await view(session, **item)
+                    assert response.status_code == 200
+                    assert local_name("1", 0, item["filename"], response.content[:512]) != "1-0.bin"
+                    seen.add(item["filename"].rpartition(".")[2])
+    assert seen == {"flac", "mp3", "opus", "png", "webm", "mp4", "latent"}
 
 
 async def test_a_picture_carries_its_graph(session: Session) -> None:

@@ -170,12 +170,33 @@ class TestHistory:
         nested: Any = "x"
         for _ in range(200):
             nested = [nested]
-        files = [{"filename": f"{n}.png"} for n in range(10_002)]
+        files = [{"filename": f"{n}.png"} for n in range(10_000)]
         record = record_of(SUCCESS, outputs={"1": {"images": files, "deep": [nested]}})
         assert record is not None
         assert len(record.files) == 10_000
-        assert "2 files" in record.warnings[0]
-        assert "nested" in record.warnings[1]
+        (warning,) = record.warnings
+        assert "nested" in warning
+        with pytest.raises(ServerProtocol, match="more than 10000 files"):
+            record_of(SUCCESS, outputs={"1": {"images": [*files, {"filename": "z.png"}]}})
+
+    def test_what_is_no_product_is_shown_and_not_fetched(self) -> None:
+        given = {"filename": "a.png", "type": "input"}
+        odd = [{"filename": f"{n}.safetensors", "type": "models"} for n in range(2)]
+        record = record_of(SUCCESS, outputs={"1": {"images": [given]}, "2": {"saved": odd}})
+        assert record is not None
+        assert record.files == ()
+        assert record.ui == {"1": {"images": [given]}, "2": {"saved": odd}}
+        assert record.warnings == (
+            "no server hands out '0.safetensors' of node 2 (type models) and 1 more:"
+            " named under ui only, not fetched",
+        )
+
+    def test_a_name_that_no_file_can_have_is_still_a_file(self) -> None:
+        item = {"filename": "x" * 10_000, "subfolder": "y" * 10_000}
+        record = record_of(SUCCESS, outputs={"1": {"images": [item]}})
+        assert record is not None
+        (ref,) = record.files
+        assert (len(ref.filename), len(ref.subfolder)) == (4096, 4096)
 
     @pytest.mark.parametrize(
         ("extra", "ours"),

@@ -7,7 +7,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -46,12 +46,17 @@ class Daemon:
 
     Args:
       home: An empty folder.
-      url: The server.
+      servers: The servers' URLs by name; one alone may be given as its URL, and is called local.
       settings: Sections of the configuration; each replaces those keys of QUICK.
 
     """
 
-    def __init__(self, home: Path, url: str, settings: dict[str, Json] | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        servers: str | Mapping[str, str],
+        settings: dict[str, Json] | None = None,
+    ) -> None:
         self.home = home
         self.spool = Spool(home / "spool")
         self.state = home / "state"
@@ -61,10 +66,11 @@ class Daemon:
         self._log_from = 0
         self._http = ""
         self.spool.prepare()
+        named = {"local": servers} if isinstance(servers, str) else servers
         document: Json = {
             "spool": "spool",
             "state": "state",
-            "servers": [{"name": "local", "url": url}],
+            "servers": [{"name": name, "url": url} for name, url in named.items()],
             "metrics": {"listen": "127.0.0.1:0"},
             "log": {"format": "json"},
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -63,6 +65,14 @@ class Server:
             return False
         await stream.aclose()
         return True
+
+    def pause(self) -> None:
+        """SIGSTOP: it stands still, its memory and its connections stay."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
 
     async def kill(self) -> None:
         process, self._process = self._process, None

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from comfyd.simulator import SWITCHES, Faults, HowOften, parse_fault
-from comfyd.simulator.faults import PostFail, Switch
+from comfyd.simulator.faults import CardFail, StatusFail, Switch
 
 EXAMPLES = {
     "drop-": "drop-end=0.5",
@@ -17,6 +17,13 @@ EXAMPLES = {
     "evict-history": "evict-history=1",
     "restart-after": "restart-after=3",
     "stalled-publisher": "stalled-publisher",
+    "stuck-worker": "stuck-worker",
+    "missing-node": "missing-node=SaveImage",
+    "missing-model": "missing-model=tuned.safetensors",
+    "max-upload": "max-upload=64KiB",
+    "upload-fail": "upload-fail=507",
+    "view-fail": "view-fail=403:1",
+    "card-fails": "card-fails=cuda:0.5",
 }
 
 
@@ -55,8 +62,12 @@ def test_switches_are_told_apart_and_described() -> None:
         ("slow=500ms", "slow_s", 0.5),
         ("slow=2m", "slow_s", 120.0),
         ("half-open", "half_open", "all"),
-        ("post-fail=503", "post_fail", PostFail(503, HowOften())),
-        ("post-fail=500:2", "post_fail", PostFail(500, HowOften(count=2))),
+        ("post-fail=503", "post_fail", StatusFail(503, HowOften())),
+        ("post-fail=500:2", "post_fail", StatusFail(500, HowOften(count=2))),
+        ("card-fails=memory", "card_fails", CardFail("memory", HowOften())),
+        ("card-fails=cuda:3", "card_fails", CardFail("cuda", HowOften(count=3))),
+        ("missing-node=A,B", "missing_nodes", frozenset({"A", "B"})),
+        ("max-upload=64KiB", "max_upload_bytes", 65536),
         ("drop-executed=0.5", "drop", {"executed": HowOften(probability=0.5)}),
         ("delay-end=1.5s", "delay_s", {"end": 1.5}),
     ],
@@ -78,6 +89,11 @@ def test_a_fault_is_parsed(text: str, attribute: str, value: object) -> None:
         ("evict-history=few", "evict-history: a whole number"),
         ("post-fail=200", "an HTTP status from 400 to 599"),
         ("half-open=tcp", "ws, http or all"),
+        ("card-fails", "cuda, memory or other is wanted"),
+        ("card-fails=gpu", "cuda, memory or other is wanted"),
+        ("missing-node", "a name is wanted"),
+        ("missing-model=a,", "a name is wanted"),
+        ("max-upload=64", "a size is written 512B"),
         ("stalled-publisher=1", "it takes no argument"),
         ("history-fail=often", "history-fail: "),
         ("", "there is no fault ''"),

@@ -123,6 +123,12 @@ async def test_a_view_is_a_login_page(autojump_clock: MockClock, simulator: Simu
     assert right.body.startswith(b"\x89PNG")
 
 
+async def test_a_view_fails(autojump_clock: MockClock, simulator: Simulator) -> None:
+    path = await finished_file(simulator)
+    simulator.faults.set("view-fail=403:1")
+    assert [(await ask(simulator, "GET", path)).status for _ in range(2)] == [403, 200]
+
+
 async def test_a_view_is_missing(autojump_clock: MockClock, simulator: Simulator) -> None:
     path = await finished_file(simulator)
     simulator.faults.set("view-missing=1")

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from comfyd.simulator import Simulator
+from comfyd.simulator import Simulator, media
 from comfyd.simulator.files import DiskFiles, Files, MemoryFiles
 from tests.simulator.client import (
     CutOffError,
@@ -250,7 +250,7 @@ async def test_any_ui_can_be_output(autojump_clock: MockClock, simulator: Simula
     assert b'"rate": NaN' in reply.body
     assert reply.json()[prompt_id]["outputs"]["5"]["numbers"] == [1, None]
     video = await ask(simulator, "GET", "/view?filename=a.mp4&subfolder=s")
-    assert (video.headers["content-type"], video.body) == ("video/mp4", b"simulated")
+    assert (video.headers["content-type"], video.body) == ("video/mp4", media.MP4)
 
 
 @pytest.mark.parametrize("ui", ["{", "[]", '{"images": 1}'])

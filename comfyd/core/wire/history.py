@@ -12,7 +12,7 @@ from comfyd.core.wire.answers import tag_of
 from comfyd.core.wire.tolerant import Malformed, decode, line
 from comfyd.errors import ServerProtocol
 
-MAX_FILES = 10_000
+MAX_FILES = 10_000  # far more than a job makes; with more, none is fetched
 MAX_UI_BYTES = 2**20  # rows and results carry it: text to read, not files in disguise
 MAX_UI_DEPTH = 32
 MAX_NAME_CHARS = 4096  # no file system takes a longer path
@@ -23,6 +23,8 @@ _ENDS = {
     "execution_error": End.ERROR,
     "execution_interrupted": End.INTERRUPTED,
 }
+# What /view hands out and a job makes. An `input` is there before; other words are nodes' own.
+_PRODUCTS = {"output", "temp"}
 _STATUS = {"success": End.SUCCESS, "error": End.ERROR}
 
 _answer = msgspec.json.Decoder(dict[str, Any])
@@ -121,9 +123,13 @@ def _outputs(
     files: list[FileRef] = []
     ui: dict[str, dict[str, list[Any]]] = {}
     budget = _Budget(MAX_UI_BYTES)
-    surplus = 0
+    strange: list[FileRef] = []
     for node, key, item in _items(outputs):
         ref = _file(node, key, item)
+        if ref is not None and ref.type not in _PRODUCTS:
+            if ref.type != "input":
+                strange.append(ref)
+            ref = None
         if ref is None:
             # An emptied budget still notes which nodes and keys there were, within reason.
             if budget.take(len(node) + len(key) + 2):
@@ -131,9 +137,9 @@ def _outputs(
         elif len(files) < MAX_FILES:
             files.append(ref)
         else:
-            surplus += 1
-    if surplus:
-        warnings.append(f"{surplus} files beyond the first {MAX_FILES} were left out")
+            raise ServerProtocol(f"the history record names more than {MAX_FILES} files")
+    if strange:
+        warnings.append(_not_products(strange))
     if budget.cut:
         warnings.append(f"what nodes returned besides files was cut at {MAX_UI_BYTES} bytes")
     if budget.too_deep:
@@ -153,16 +159,21 @@ def _file(node: str, key: str, item: object) -> FileRef | None:
     match item:
         case {"filename": str(filename), **rest} if filename:
             subfolder, kind = rest.get("subfolder"), rest.get("type")
-            ref = FileRef(
-                node=node,
-                key=key,
-                filename=filename,
-                subfolder=subfolder if isinstance(subfolder, str) else "",
-                type=kind if isinstance(kind, str) and kind else "output",
+            # What is longer than any name can be is cut: it is still missing, not left out.
+            return FileRef(
+                node=node[:MAX_NAME_CHARS],
+                key=key[:MAX_NAME_CHARS],
+                filename=filename[:MAX_NAME_CHARS],
+                subfolder=subfolder[:MAX_NAME_CHARS] if isinstance(subfolder, str) else "",
+                type=kind[:MAX_NAME_CHARS] if isinstance(kind, str) and kind else "output",
             )
-            longest = max(map(len, (node, key, ref.filename, ref.subfolder, ref.type)))
-            return ref if longest <= MAX_NAME_CHARS else None
     return None
+
+
+def _not_products(refs: list[FileRef]) -> str:
+    first = line(f"{refs[0].filename!r} of node {refs[0].node} (type {refs[0].type})", 200)
+    more = f" and {len(refs) - 1} more" if len(refs) > 1 else ""
+    return f"no server hands out {first}{more}: named under ui only, not fetched"
 
 
 class _Budget:
