@@ -12,6 +12,7 @@ ComfydError
 │   └── ServerProtocol       it answered, but not what the protocol allows
 ├── DiskFull             a write was refused for lack of space; wait, nothing was changed
 ├── JournalError         the journal cannot be read or written; fail-stop (exit 70)
+│   ├── JournalDamaged       what is in the file is not what was written; set aside at start
 │   └── JournalTooNew        written by a newer comfyd; nothing was touched (exit 78)
 └── ProtocolViolation    our own bug: a fact arrived that the state table does not allow (exit 70)
 """
@@ -120,6 +121,10 @@ class DiskFull(ComfydError):
 
 class JournalError(ComfydError):
     """The journal cannot be trusted any more: stop, let a restart re-read it."""
+
+
+class JournalDamaged(JournalError):
+    """The journal's content is not what was written: truncated, overwritten, a part missing."""
 
 
 class JournalTooNew(JournalError):

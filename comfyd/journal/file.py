@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sqlite3
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
-from comfyd.errors import DiskFull, JournalError, JournalTooNew, SpoolBusy
+from comfyd.errors import DiskFull, JournalDamaged, JournalError, JournalTooNew, SpoolBusy
 from comfyd.journal.schema import APPLICATION_ID, VERSION
+
+# Far more versions than there will ever be: such a number was not written by any comfyd.
+_VERSIONS: Final = 10_000
 
 
 def connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
@@ -17,7 +20,8 @@ def connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
     A new or unfinished file has no tables and passes, at schema version 0.
 
     Raises:
-      JournalTooNew, SpoolBusy, DiskFull, JournalError: As for ``SqliteStore.open``.
+      JournalTooNew, JournalDamaged, SpoolBusy, DiskFull, JournalError: As for
+        ``SqliteStore.open``.
 
     """
     uri = f"{path.absolute().as_uri()}?mode={mode}"
@@ -42,8 +46,9 @@ def _understand(db: sqlite3.Connection, path: Path) -> None:
     [(version,)] = db.execute("PRAGMA user_version")
     [(tables,)] = db.execute("SELECT count(*) FROM sqlite_master")
     if tables and owner != APPLICATION_ID:
-        msg = f"{path}: an SQLite database, but not a journal of comfyd"
-        raise JournalError(msg)
+        raise JournalDamaged(damaged(path, "an SQLite database, but not a journal of comfyd"))
+    if not 0 <= version < _VERSIONS:
+        raise JournalDamaged(damaged(path, f"schema version {version}"))
     if version > VERSION:
         msg = (
             f"{path}: written by a newer comfyd (schema {version}, this one knows {VERSION});"
@@ -62,17 +67,18 @@ def translate(path: Path, error: sqlite3.Error) -> DiskFull | SpoolBusy | Journa
         case sqlite3.SQLITE_BUSY:
             return SpoolBusy(f"{path}: another program has the journal open; close it")
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
-            return JournalError(damaged(path, str(error)))
+            return JournalDamaged(damaged(path, str(error)))
         case _:
             name = getattr(error, "sqlite_errorname", type(error).__name__)
             return JournalError(f"{path}: the journal cannot be used: {error} ({name})")
 
 
 def damaged(path: Path, finding: str) -> str:
-    """Say what is wrong with the file and what to do."""
+    """Say what is wrong with the file, what will happen, and what else can be done."""
     return (
-        f"{path}: the journal is damaged ({finding}). Put a snapshot in its place, or move it and"
-        f" {path.name}-wal aside: claimed jobs are then taken up anew and results stay as they are"
+        f"{path}: the journal is damaged ({finding}). At its next start the daemon moves it aside"
+        " and builds a new one from the spool's folders and the servers: results stay as they are,"
+        " claimed jobs go on. Or put a snapshot in its place before"
     )
 
 
