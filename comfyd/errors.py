@@ -124,7 +124,21 @@ class JournalError(ComfydError):
 
 
 class JournalDamaged(JournalError):
-    """The journal's content is not what was written: truncated, overwritten, a part missing."""
+    """The journal's content is not what was written: truncated, overwritten, a part missing.
+
+    Args:
+      path: The journal.
+      finding: What is wrong with it, in a few words.
+
+    """
+
+    def __init__(self, path: Path, finding: str) -> None:
+        super().__init__(
+            f"{path}: the journal is damaged ({finding}). At its next start the daemon moves it"
+            " aside and builds a new one from the spool's folders and the servers: results stay as"
+            " they are, claimed jobs go on. Or put a snapshot in its place before"
+        )
+        self.finding = finding
 
 
 class JournalTooNew(JournalError):

@@ -46,9 +46,9 @@ def _understand(db: sqlite3.Connection, path: Path) -> None:
     [(version,)] = db.execute("PRAGMA user_version")
     [(tables,)] = db.execute("SELECT count(*) FROM sqlite_master")
     if tables and owner != APPLICATION_ID:
-        raise JournalDamaged(damaged(path, "an SQLite database, but not a journal of comfyd"))
+        raise JournalDamaged(path, "an SQLite database, but not a journal of comfyd")
     if not 0 <= version < _VERSIONS:
-        raise JournalDamaged(damaged(path, f"schema version {version}"))
+        raise JournalDamaged(path, f"schema version {version}")
     if version > VERSION:
         msg = (
             f"{path}: written by a newer comfyd (schema {version}, this one knows {VERSION});"
@@ -67,19 +67,10 @@ def translate(path: Path, error: sqlite3.Error) -> DiskFull | SpoolBusy | Journa
         case sqlite3.SQLITE_BUSY:
             return SpoolBusy(f"{path}: another program has the journal open; close it")
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
-            return JournalDamaged(damaged(path, str(error)))
+            return JournalDamaged(path, str(error))
         case _:
             name = getattr(error, "sqlite_errorname", type(error).__name__)
             return JournalError(f"{path}: the journal cannot be used: {error} ({name})")
-
-
-def damaged(path: Path, finding: str) -> str:
-    """Say what is wrong with the file, what will happen, and what else can be done."""
-    return (
-        f"{path}: the journal is damaged ({finding}). At its next start the daemon moves it aside"
-        " and builds a new one from the spool's folders and the servers: results stay as they are,"
-        " claimed jobs go on. Or put a snapshot in its place before"
-    )
 
 
 def create(path: Path) -> None:

@@ -28,7 +28,8 @@ def open_or_begin_anew(path: Path) -> SqliteStore:
         aside = set_aside(path)
         _log.error(
             "journal_quarantined",
-            problem=str(error),
+            problem=error.finding,
+            journal=str(path),
             moved_to=str(aside),
             follows="a new journal is built from the spool's folders and the servers",
         )
@@ -43,5 +44,6 @@ def set_aside(path: Path) -> Path:
     if wal.of(path).exists():
         wal.of(path).rename(wal.of(aside))
     path.rename(aside)
+    path.with_name(f"{path.name}-shm").unlink(missing_ok=True)  # an index of the WAL, made anew
     sync_folder(path.parent)
     return aside

@@ -24,7 +24,7 @@ from comfyd.core.facts import Candidates, Overdue
 from comfyd.core.model import Fence, JobId, Row, State
 from comfyd.errors import DiskFull, JournalDamaged, JournalError
 from comfyd.journal import schema, wal
-from comfyd.journal.file import connect, create, damaged, sync_folder, translate
+from comfyd.journal.file import connect, create, sync_folder, translate
 from comfyd.journal.store import (
     FOUND_MAX,
     Alias,
@@ -99,7 +99,7 @@ class SqliteStore:
                 self._db.execute(f"PRAGMA {pragma}")
             [(version,)] = self._db.execute("PRAGMA user_version")
             if finding := self._finding(has_wal=has_wal):
-                raise JournalDamaged(damaged(self._path, finding))
+                raise JournalDamaged(self._path, finding)
         with self._damage_told(), self._transaction():
             for statement in chain.from_iterable(schema.MIGRATIONS[version:]):
                 self._db.execute(statement)
@@ -112,8 +112,7 @@ class SqliteStore:
         self._files = self._inodes()
 
     def _inodes(self) -> tuple[int, ...]:
-        files = (self._path, wal.of(self._path))
-        return tuple(file.stat().st_ino if file.exists() else 0 for file in files)
+        return tuple(_inode(file) for file in (self._path, wal.of(self._path)))
 
     def _check_place(self) -> None:
         """Raise JournalError if the files we write are no longer those that a restart would find.
@@ -160,10 +159,10 @@ class SqliteStore:
         for data, crc, *columns in self._db.execute(schema.ALL):
             as_written = isinstance(data, bytes) and crc in (None, zlib.crc32(data))
             if not as_written:
-                raise JournalDamaged(damaged(self._path, f"the row of {columns[1]} was changed"))
+                raise JournalDamaged(self._path, f"the row of {columns[1]} was changed")
             row = self._decode(data)
             if columns != [row.seq, row.job, row.state.value, row.version]:
-                raise JournalDamaged(damaged(self._path, f"the columns of {row.job} were changed"))
+                raise JournalDamaged(self._path, f"the columns of {row.job} were changed")
         self.remembered()
 
     @contextmanager
@@ -173,11 +172,11 @@ class SqliteStore:
             with self._translated():
                 yield
         except msgspec.DecodeError as error:
-            raise JournalDamaged(damaged(self._path, str(error))) from error
+            raise JournalDamaged(self._path, str(error)) from error
         except JournalError as error:
             code = getattr(error.__cause__, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
             if isinstance(error.__cause__, sqlite3.OperationalError) and code == _NO_SUCH:
-                raise JournalDamaged(damaged(self._path, str(error.__cause__))) from error
+                raise JournalDamaged(self._path, str(error.__cause__)) from error
             raise
 
     def _look_at(self) -> None:
@@ -349,8 +348,9 @@ class SqliteStore:
         try:
             return tuple(self._decode(data) for (data,) in found)
         except msgspec.DecodeError as error:
-            self._broken = damaged(self._path, str(error))
-            raise JournalDamaged(self._broken) from error
+            damage = JournalDamaged(self._path, str(error))
+            self._broken = str(damage)
+            raise damage from error
 
     def _row(self, query: str, *values: object) -> Row | None:
         rows = self._rows(query, *values)
@@ -391,6 +391,14 @@ class SqliteStore:
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
+
+
+def _inode(path: Path) -> int:
+    """The inode of *path*, 0 if it is not there."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def _story(data: bytes) -> dict[str, Any]:
