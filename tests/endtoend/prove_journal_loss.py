@@ -23,7 +23,7 @@ from tests.endtoend.seeds import drawn_seed
 
 JOBS = 200
 LOSSES = 100
-NODE_S = 0.35  # two a job: there is work left at the last loss
+NODE_S = 0.47  # two a job: there is work left at the last loss
 GRACE = {"audit": {"lost_grace": "300ms"}, "health": {"interval": "500ms"}}
 
 

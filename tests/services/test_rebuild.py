@@ -23,6 +23,7 @@ from comfyd.journal.store import Batch, Insert
 from comfyd.journal.thread import Journal
 from comfyd.services import rebuild as service
 from comfyd.services.clock import Clock
+from comfyd.services.link import client_of
 from comfyd.services.rebuild import rebuild
 from comfyd.simulator import Simulator
 from comfyd.simulator.faults import HowOften
@@ -50,7 +51,7 @@ class Rig:
         self.spool.prepare()
         self.simulator = simulator
         self.store = MemoryStore()
-        self.client = service.client_of(self.config.servers[0], self.config)
+        self.client = client_of(self.config.servers[0], self.config)
 
     def claim(self, job: JobId, document: object = None) -> None:
         data = json.dumps(picture(1) if document is None else document).encode()
@@ -253,5 +254,6 @@ async def test_what_stands_in_the_place_of_a_result_ends_the_job(tmp_path, what)
                 pass
         rows = await rig.rebuilt()
     assert (rows[fox].state, rows[fox].retired) == (State.DONE, False)
-    assert rows[fox].outcome is not None
-    assert "manifest" in rows[fox].outcome.message
+    outcome = rows[fox].outcome
+    assert outcome is not None
+    assert "manifest" in outcome.message
