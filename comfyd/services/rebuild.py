@@ -108,14 +108,17 @@ async def rebuild(config: Config, spool: Spool, clock: Clock, journal: Journal) 
         answers = _Answers()
         if unpublished:
             grace_s = config.audit.lost_grace_s
-            sdnotify.notify(
-                STATUS="Rebuilding the journal: asking the servers.",
-                EXTEND_TIMEOUT_USEC=str(int(((1 + PATIENCE) * grace_s + 60) * 1e6)),
-            )
+            _tell("Rebuilding the journal: asking the servers.", (1 + PATIENCE) * grace_s)
             answers = await _ask_all(config, folders.claimed.keys())
         counts = await _write(config, spool, clock, journal, folders, answers)
         _log.warning("journal_rebuilt", silent_servers=answers.silent, **counts)
     await journal.commit(Batch(changes=(Remember(name=WHOLE, value=True),)))
+
+
+def _tell(status: str, needs_s: float) -> None:
+    """Tell systemd what is going on, and ask for that much time and a minute more."""
+    micros = int((needs_s + 60) * 1e6)
+    sdnotify.notify(STATUS=status, EXTEND_TIMEOUT_USEC=str(micros))
 
 
 # --- folders -------------------------------------------------------------------------------------
@@ -267,6 +270,7 @@ async def _write(
     jobs = folders.jobs()
     for at in range(0, len(jobs), BATCH):
         batch = jobs[at : at + BATCH]
+        _tell(f"Rebuilding the journal: {at} of {len(jobs)} jobs.", 0)
         missing = await journal.without_rows(batch)
         wanted = [job for job in batch if job in missing]
         rows = await trio.to_thread.run_sync(
