@@ -32,10 +32,11 @@ contract: $(STAMP)  ## Compare the simulator, or a real server (COMFYUI_URL=...)
 explore: $(STAMP)  ## Explore orders of events for longer than the tests do (about 25 minutes)
 	$(BIN)/python -m tests.core.explore
 
-prove: $(STAMP)  ## Kill daemon and servers again and again, fill disks, and run 10,000 jobs (about 25 minutes)
+prove: $(STAMP)  ## Kill daemon and servers, lose journals, fill disks, run 10,000 jobs (about 30 minutes)
 	$(BIN)/python -m pytest -s tests/endtoend/prove_kills.py tests/endtoend/prove_server_loss.py \
-		tests/endtoend/prove_everything.py tests/endtoend/prove_latency.py tests/endtoend/prove_scale.py \
-		tests/endtoend/prove_full_disk.py tests/endtoend/prove_many_servers.py
+		tests/endtoend/prove_many_servers.py tests/endtoend/prove_journal_loss.py \
+		tests/endtoend/prove_full_disk.py tests/endtoend/prove_everything.py \
+		tests/endtoend/prove_latency.py tests/endtoend/prove_scale.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "comfyd needs Python 3.11 or newer; set PYTHON=...")'

@@ -29,7 +29,7 @@ from comfyd.core.server import Server as EngineServer
 from comfyd.core.snapshot import Snapshot
 from comfyd.errors import DiskFull, SpoolBusy
 from comfyd.journal.lock import StateLock
-from comfyd.journal.sqlite import SqliteStore
+from comfyd.journal.quarantine import open_or_begin_anew
 from comfyd.journal.store import Batch, Update
 from comfyd.journal.thread import Journal
 from comfyd.metrics import Metrics
@@ -38,6 +38,7 @@ from comfyd.services.dispatcher import Auditor, Dispatcher
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
 from comfyd.services.overview import Overview, Watched, count_files
+from comfyd.services.rebuild import rebuild
 from comfyd.services.space import Space, disks
 from comfyd.services.supervisor import supervise
 from comfyd.services.teller import Teller
@@ -149,9 +150,10 @@ async def run(
     metrics.prepare([server.name for server in config.servers])
     metrics.config_read(ok=True, at=clock.now_s())
     async with _locked(config), contextlib.AsyncExitStack() as stack:
-        open_store = partial(SqliteStore.open, config.state / "comfyd.db")
+        open_store = partial(open_or_begin_anew, config.state / "comfyd.db")
         unopened = Journal(open_store, on_commit=metrics.journal_commit)
         journal = await _when_there_is_space(partial(stack.enter_async_context, unopened))
+        await _when_there_is_space(partial(rebuild, config, spool, clock, journal))
         try:
             await _run(config, spool, clock, metrics, journal, signals, task_status)
         except* OrderFailed as group:
@@ -255,7 +257,6 @@ async def _run(
             max_file_bytes=config.jobs.max_file_bytes,
             max_attempts=config.jobs.max_attempts,
             next_seq=count(await journal.last_seq() + 1).__next__,
-            draw=lambda: random.getrandbits(53),
             now_s=clock.now_s,
             known=lambda job: trio.from_thread.run(journal.get, job) is not None,
         )

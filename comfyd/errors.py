@@ -12,6 +12,7 @@ ComfydError
 │   └── ServerProtocol       it answered, but not what the protocol allows
 ├── DiskFull             a write was refused (full, quota, read-only); wait, nothing was changed
 ├── JournalError         the journal cannot be read or written; fail-stop (exit 70)
+│   ├── JournalDamaged       what is in the file is not what was written; set aside at start
 │   └── JournalTooNew        written by a newer comfyd; nothing was touched (exit 78)
 └── ProtocolViolation    our own bug: a fact arrived that the state table does not allow (exit 70)
 """
@@ -124,6 +125,24 @@ class DiskFull(ComfydError):
 
 class JournalError(ComfydError):
     """The journal cannot be trusted any more: stop, let a restart re-read it."""
+
+
+class JournalDamaged(JournalError):
+    """The journal's content is not what was written: truncated, overwritten, a part missing.
+
+    Args:
+      path: The journal.
+      finding: What is wrong with it, in a few words.
+
+    """
+
+    def __init__(self, path: Path, finding: str) -> None:
+        super().__init__(
+            f"{path}: the journal is damaged ({finding}). At its next start the daemon moves it"
+            " aside and builds a new one from the spool's folders and the servers: results stay as"
+            " they are, claimed jobs go on. Or put a snapshot in its place before"
+        )
+        self.finding = finding
 
 
 class JournalTooNew(JournalError):

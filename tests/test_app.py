@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import trio
 from comfyd import app, config
 from comfyd.config import Config
 from comfyd.core.model import JobId, Row, State, prompt_id_of
-from comfyd.errors import ConfigError, DiskFull, SpoolBusy
+from comfyd.errors import ConfigError, DiskFull, JournalError, JournalTooNew, SpoolBusy
+from comfyd.journal.schema import APPLICATION_ID
 from comfyd.journal.sqlite import SqliteStore, open_readonly
 from comfyd.services import space, submitter
 from comfyd.services.workshop import OrderFailed
@@ -176,3 +178,107 @@ async def test_a_job_whose_order_crashes_the_daemon_three_times_is_held(
     assert row.state is State.HELD
     assert "3 times" in row.held
     assert set(simulator.executions) == {prompt_id_of(other, 1)}
+
+
+def slow(number: int, seconds: float) -> bytes:
+    source = {"width": 8, "height": 8, "batch_size": 1, "color": number}
+    sleep = {"class_type": "SimSleep", "inputs": {"image": ["1", 0], "seconds": seconds}}
+    save = {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": "x"}}
+    empty = {"class_type": "EmptyImage", "inputs": source}
+    return json.dumps({"1": empty, "5": sleep, "9": save}).encode()
+
+
+def lose(configured: Config) -> None:
+    for path in configured.state.glob("comfyd.db*"):
+        path.unlink()
+
+
+async def test_a_lost_journal_costs_no_job_and_no_second_run(tmp_path, nursery):
+    """Running, pending, ended while nobody looked, queued, delivered but not cleared away."""
+    simulator = Simulator(run_s=0.0)
+    configured = settings(tmp_path, await nursery.start(simulator.serve, 0))
+    spool = Spool(configured.spool)
+    await trio.to_thread.run_sync(spool.prepare)
+
+    def drop_all() -> list[JobId]:
+        return [drop(spool, f"job-{n}.json", slow(n, 0.4)) for n in range(6)]
+
+    jobs = await trio.to_thread.run_sync(drop_all)
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        await until(lambda: len(list(spool.done.glob("*/result.json"))) >= 1)
+        await until(lambda: simulator.running and simulator.pending)
+        daemon.stop()
+    published = {path.parent.name: path.read_bytes() for path in spool.done.glob("*/result.json")}
+    for job in published:
+        (spool.claimed / f"{job}.json").write_bytes((spool.done / job / "job.json").read_bytes())
+    await until(lambda: not simulator.pending)  # one has ended unseen, and one may be running
+    lose(configured)
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        await until(lambda: len(list(spool.done.glob("*/result.json"))) == len(jobs))
+        await until(lambda: not any(spool.claimed.iterdir()))
+        daemon.stop()
+    assert not any(spool.failed.iterdir())
+    assert dict(simulator.executions) == {prompt_id_of(job, 1): 1 for job in jobs}
+    results = {job: json.loads((spool.done / job / "result.json").read_bytes()) for job in jobs}
+    assert {result["attempts"] for result in results.values()} == {1}
+    assert "recovery" in {result["completion"] for result in results.values()}
+    for job, before in published.items():
+        assert (spool.done / job / "result.json").read_bytes() == before
+        assert stored(configured, JobId(job)).state is State.DONE
+
+
+async def test_a_damaged_journal_is_set_aside_and_the_jobs_go_on(tmp_path, nursery):
+    simulator = Simulator(run_s=0.0)
+    configured = settings(tmp_path, await nursery.start(simulator.serve, 0))
+    spool = Spool(configured.spool)
+    await trio.to_thread.run_sync(spool.prepare)
+    job = await trio.to_thread.run_sync(drop, spool, "fox.json", slow(1, 0.5))
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        await until(lambda: simulator.running)
+        daemon.stop()
+    path = configured.state / "comfyd.db"
+    damaged = path.read_bytes()[:5000] + bytes(3000)
+    path.write_bytes(damaged)
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        await until((spool.done / job / "result.json").exists)
+        daemon.stop()
+    [aside] = configured.state.glob("comfyd.db.damaged-*Z")
+    assert aside.read_bytes() == damaged
+    assert dict(simulator.executions) == {prompt_id_of(job, 1): 1}
+
+
+async def test_a_journal_of_a_newer_comfyd_is_refused_and_kept(tmp_path):
+    configured = settings(tmp_path, "http://127.0.0.1:9")
+    configured.state.mkdir()
+    path = configured.state / "comfyd.db"
+    newer = sqlite3.connect(path)
+    newer.execute("CREATE TABLE novelty (x)")
+    newer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    newer.execute("PRAGMA user_version = 99")
+    newer.close()
+    before = path.read_bytes()
+    with pytest.raises(JournalTooNew):
+        await app.run(configured)
+    assert path.read_bytes() == before
+    assert list(configured.state.glob("*damaged*")) == []
+
+
+async def test_a_journal_that_is_removed_stops_the_daemon_which_then_goes_on(tmp_path, nursery):
+    simulator = Simulator(run_s=0.0)
+    configured = settings(tmp_path, await nursery.start(simulator.serve, 0))
+    spool = Spool(configured.spool)
+    with pytest.RaisesGroup(JournalError, flatten_subgroups=True):
+        async with trio.open_nursery() as daemons:
+            await daemons.start(partial(app.run, configured))
+            first = await trio.to_thread.run_sync(drop, spool, "fox.json", slow(1, 0.3))
+            await until(lambda: simulator.running)
+            lose(configured)
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        await until((spool.done / first / "result.json").exists)
+        daemon.stop()
+    assert dict(simulator.executions) == {prompt_id_of(first, 1): 1}

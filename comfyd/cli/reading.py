@@ -32,6 +32,7 @@ from comfyd.journal.lock import StateLock
 from comfyd.journal.memory import MemoryStore
 from comfyd.journal.sqlite import open_readonly
 from comfyd.journal.store import Reads
+from comfyd.spool.layout import Spool
 from comfyd.web.control_client import DaemonUnreachable, ask
 
 ANSWER_S: Final = 10.0  # a read takes milliseconds; a daemon busy for longer is in trouble
@@ -164,7 +165,7 @@ def _journal(config: Config, why: str) -> Iterator[Journaled]:
     with contextlib.ExitStack() as stack:
         try:
             if not _exists(path):
-                notice = f"not running, and no daemon has run here yet ({path} is not there)"
+                notice = f"not running, and {_why_missing(config)} ({path} is not there)"
                 yield Journaled(config, MemoryStore(), time.time(), notice)
                 return
             stack.enter_context(StateLock(config.state / "lock").acquire_shared())
@@ -178,6 +179,15 @@ def _journal(config: Config, why: str) -> Iterator[Journaled]:
             raise Unreachable(message) from None
         stack.callback(reads.close)
         yield Journaled(config, reads, at, f"not running, as of {rfc3339(at)}")
+
+
+def _why_missing(config: Config) -> str:
+    """What it means that there is no journal: the folders show whether there was one."""
+    spool = Spool(config.spool)
+    with contextlib.suppress(OSError):
+        if any(any(folder.iterdir()) for folder in (spool.done, spool.failed, spool.claimed)):
+            return "its journal is gone: the next start rebuilds it from the spool and the servers"
+    return "no daemon has run here yet"
 
 
 def _exists(path: Path) -> bool:

@@ -26,10 +26,12 @@ from comfyd.comfyui.download import Download, Downloaded
 from comfyd.comfyui.endpoint import Endpoint, connect_error
 from comfyd.core.model import FileRef, Record
 from comfyd.core.wire import (
+    QueueItem,
     QueueSnapshot,
     SubmitReply,
     SystemStats,
     decode_history,
+    decode_listing,
     decode_queue,
     decode_remaining,
     decode_stats,
@@ -197,6 +199,15 @@ class Client:
         ask = _Ask("GET", path, self._history_timeout_s)
         body = await self._answer(ask, MAX_HISTORY_BYTES)
         return await _decoded(lambda raw: decode_history(raw, prompt_id), body)
+
+    async def recorded(self, offset: int, count: int) -> tuple[QueueItem, ...]:
+        """GET /history: which prompts have records, *count* from *offset*, oldest first.
+
+        Their bodies hold whole graphs: ask for a few at a time.
+        """
+        path = f"/history?max_items={count}&offset={offset}"
+        ask = _Ask("GET", path, self._history_timeout_s)
+        return await _decoded(decode_listing, await self._answer(ask, MAX_QUEUE_BYTES))
 
     async def remaining(self) -> int:
         """GET /prompt: how many prompts are pending or running there. The cheapest question."""

@@ -8,10 +8,12 @@ import sqlite3
 from pathlib import Path
 from typing import Final, Literal
 
-from comfyd.errors import DiskFull, JournalError, JournalTooNew, SpoolBusy
+from comfyd.errors import DiskFull, JournalDamaged, JournalError, JournalTooNew, SpoolBusy
 from comfyd.journal.schema import APPLICATION_ID, VERSION
 
 _PROBE_BYTES: Final = 64 << 10
+# Far more versions than there will ever be: such a number was not written by any comfyd.
+_VERSIONS: Final = 10_000
 
 
 def connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
@@ -20,7 +22,8 @@ def connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
     A new or unfinished file has no tables and passes, at schema version 0.
 
     Raises:
-      JournalTooNew, SpoolBusy, DiskFull, JournalError: As for ``SqliteStore.open``.
+      JournalTooNew, JournalDamaged, SpoolBusy, DiskFull, JournalError: As for
+        ``SqliteStore.open``.
 
     """
     uri = f"{path.absolute().as_uri()}?mode={mode}"
@@ -45,8 +48,9 @@ def _understand(db: sqlite3.Connection, path: Path) -> None:
     [(version,)] = db.execute("PRAGMA user_version")
     [(tables,)] = db.execute("SELECT count(*) FROM sqlite_master")
     if tables and owner != APPLICATION_ID:
-        msg = f"{path}: an SQLite database, but not a journal of comfyd"
-        raise JournalError(msg)
+        raise JournalDamaged(path, "an SQLite database, but not a journal of comfyd")
+    if not 0 <= version < _VERSIONS:
+        raise JournalDamaged(path, f"schema version {version}")
     if version > VERSION:
         msg = (
             f"{path}: written by a newer comfyd (schema {version}, this one knows {VERSION});"
@@ -69,7 +73,7 @@ def translate(path: Path, error: sqlite3.Error) -> DiskFull | SpoolBusy | Journa
         case sqlite3.SQLITE_BUSY:
             return SpoolBusy(f"{path}: another program has the journal open; close it")
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
-            return JournalError(damaged(path, str(error)))
+            return JournalDamaged(path, str(error))
         case _:
             name = getattr(error, "sqlite_errorname", type(error).__name__)
             return JournalError(f"{path}: the journal cannot be used: {error} ({name})")
@@ -92,14 +96,6 @@ def _refusal(folder: Path) -> str:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
             return os.strerror(error.errno)
     return ""
-
-
-def damaged(path: Path, finding: str) -> str:
-    """Say what is wrong with the file and what to do."""
-    return (
-        f"{path}: the journal is damaged ({finding}). Put a snapshot in its place, or move it and"
-        f" {path.name}-wal aside: claimed jobs are then taken up anew and results stay as they are"
-    )
 
 
 def create(path: Path) -> None:

@@ -11,6 +11,9 @@ from typing import Final
 # "comf": how file(1) and we tell a journal from any other SQLite database.
 APPLICATION_ID: Final = 0x636F6D66
 
+# The setting that says: this journal knows of every job, and is not still to be rebuilt.
+WHOLE: Final = "whole"
+
 _VERSION_1: Final = (
     # seq is the rowid, so every index holds it too and arrivals are appended.
     """
@@ -85,6 +88,10 @@ _VERSION_2: Final = (
     ORDER BY seq, given_up.key
     """,
     "CREATE TABLE settings (name TEXT NOT NULL PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
+    # Of data; NULL in rows that were written before there was one.
+    "ALTER TABLE jobs ADD COLUMN crc INTEGER",
+    # WHOLE: a journal of version 1 that has any job has them all.
+    "INSERT INTO settings SELECT 'whole', CAST('true' AS BLOB) FROM jobs LIMIT 1",
 )
 
 # Entry n turns version n into n + 1. Entries are never changed once released, only added.
@@ -95,12 +102,12 @@ VERSION: Final = len(MIGRATIONS)
 
 INSERT: Final = """
   INSERT OR IGNORE INTO jobs (state, version, priority, not_before, claimed_at, retired, key,
-                              server, prompt_id, queue_by, data, seq, job)
-  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                              server, prompt_id, queue_by, data, crc, seq, job)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 UPDATE: Final = """
   UPDATE jobs SET state = ?, version = ?, priority = ?, not_before = ?, claimed_at = ?,
-                  retired = ?, key = ?, server = ?, prompt_id = ?, queue_by = ?, data = ?
+                  retired = ?, key = ?, server = ?, prompt_id = ?, queue_by = ?, data = ?, crc = ?
   WHERE seq = ? AND job = ?
 """
 ALIAS: Final = """
@@ -158,4 +165,5 @@ EVENTS: Final = "SELECT at, kind, data FROM events WHERE job = ? ORDER BY id"
 GET: Final = "SELECT data FROM jobs WHERE job = ?"
 AT_VERSION: Final = "SELECT data FROM jobs WHERE job = ? AND seq = ? AND version = ?"
 KNOWN: Final = "SELECT 1 FROM jobs WHERE job = ?"
+ALL: Final = "SELECT data, crc, seq, job, state, version FROM jobs"
 LAST_SEQ: Final = "SELECT coalesce(max(seq), 0) FROM jobs"

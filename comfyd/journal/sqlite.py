@@ -8,7 +8,9 @@ lives is told "database is locked".
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,9 +22,9 @@ import msgspec
 
 from comfyd.core.facts import Candidates, Overdue
 from comfyd.core.model import Fence, JobId, Row, State
-from comfyd.errors import DiskFull, JournalError
-from comfyd.journal import schema
-from comfyd.journal.file import connect, create, damaged, sync_folder, translate
+from comfyd.errors import DiskFull, JournalDamaged, JournalError
+from comfyd.journal import schema, wal
+from comfyd.journal.file import connect, create, sync_folder, translate
 from comfyd.journal.store import (
     FOUND_MAX,
     Alias,
@@ -42,6 +44,7 @@ from comfyd.journal.store import (
 _SEQ_MAX: Final = 2**63 - 1
 # Job and prompt ids are ASCII without control characters: this ends the range of a beginning.
 _AFTER_ALL: Final = "\x7f"
+_NO_SUCH: Final = sqlite3.SQLITE_ERROR  # a table or a column is missing, or there already
 
 
 class SqliteStore:
@@ -58,51 +61,123 @@ class SqliteStore:
         self._encode = msgspec.json.Encoder().encode
         self._decode = msgspec.json.Decoder(Row).decode
         self._was_clean = True
+        self._files: tuple[int, ...] = ()  # once it is ours: the inodes of the file and its WAL
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Open the journal to own it; create it, and its folder, when missing.
 
-        Reads the whole file once, to check it. The folder's lock must be held.
+        Reads the whole file once, to check it, every row included. The folder's lock must be held.
 
         Raises:
           JournalTooNew: A newer comfyd wrote it; neither the file nor its WAL was changed.
           SpoolBusy: Another program, e.g. an SQLite shell, has it open.
           DiskFull: There is no space even to open it.
-          JournalError: It is damaged, not a journal, or the disk fails.
+          JournalDamaged: It is damaged, not a journal, or its WAL is damaged.
+          JournalError: The disk fails.
           OSError: The folder or the file cannot be made or opened.
 
         """
         create(path)
+        has_wal = wal.is_there(path)
         connect(path, "ro").close()  # refuses a newer one before anything can change it
         store = cls(connect(path, "rw"), path, writable=True)
         try:
-            store._take_over()
+            store._take_over(has_wal=has_wal)
         except BaseException:
             store.close(clean=False)
             raise
         return store
 
-    def _take_over(self) -> None:
-        with self._translated():
+    def _take_over(self, *, has_wal: bool) -> None:
+        with self._damage_told():
             [(mode,)] = self._db.execute("PRAGMA journal_mode=WAL")
             if mode != "wal":
                 msg = f"{self._path}: this file system does not allow a write-ahead log"
                 raise JournalError(msg)
             for pragma in ("synchronous=FULL", "foreign_keys=ON", "cell_size_check=ON"):
                 self._db.execute(f"PRAGMA {pragma}")
-            [(finding,)] = self._db.execute("PRAGMA quick_check(1)")
-            if finding != "ok":
-                raise JournalError(damaged(self._path, finding))
             [(version,)] = self._db.execute("PRAGMA user_version")
-        with self._transaction():
+            if finding := self._finding(has_wal=has_wal):
+                raise JournalDamaged(self._path, finding)
+        with self._damage_told(), self._transaction():
             for statement in chain.from_iterable(schema.MIGRATIONS[version:]):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version={schema.VERSION}")
+            self._check_rows()
             self._was_clean = self._closed()
             self._db.execute("UPDATE owner SET closed = 0")
         # The WAL is there from now on; SQLite syncs its name too, but passes over a failure of it.
         sync_folder(self._path.parent)
+        self._files = self._inodes()
+
+    def _inodes(self) -> tuple[int, ...]:
+        return tuple(_inode(file) for file in (self._path, wal.of(self._path)))
+
+    def _check_place(self) -> None:
+        """Raise JournalError if the files we write are no longer those that a restart would find.
+
+        If they were removed, a copy of all that was committed is put in their place before.
+        """
+        now = self._inodes()
+        if now == (self._files or now):
+            return
+        self._broken = f"{self._path}: the journal was replaced while the daemon ran; start again"
+        if now[0] in (0, self._files[0]):
+            aside = self._path.with_name(f"{self._path.name}.saved")
+            aside.unlink(missing_ok=True)
+            try:
+                self._db.execute("VACUUM INTO ?", (str(aside),))
+                aside.chmod(0o600)
+                with open(aside, "rb") as file:
+                    os.fsync(file.fileno())
+                wal.of(self._path).unlink(missing_ok=True)
+                aside.rename(self._path)
+                sync_folder(self._path.parent)
+            except (sqlite3.Error, OSError) as error:
+                self._broken = f"{self._path}: the journal was removed; no copy was made: {error}"
+            else:
+                self._broken = (
+                    f"{self._path}: the journal was removed while the daemon ran; a copy with all"
+                    " that was committed is in its place: start again"
+                )
+        raise JournalError(self._broken)
+
+    def _finding(self, *, has_wal: bool) -> str:
+        """What is wrong with the two files, "" if nothing is."""
+        [(finding,)] = self._db.execute("PRAGMA integrity_check(1)")
+        if finding != "ok":
+            return str(finding)
+        if has_wal:
+            # It copies what is whole into the file, and says how many frames that were.
+            [(_, frames, _)] = self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            return wal.finding(self._path, frames)
+        return ""
+
+    def _check_rows(self) -> None:
+        """Raise JournalDamaged for a row that is not as it was written."""
+        for data, crc, *columns in self._db.execute(schema.ALL):
+            as_written = isinstance(data, bytes) and crc in (None, zlib.crc32(data))
+            if not as_written:
+                raise JournalDamaged(self._path, f"the row of {columns[1]} was changed")
+            row = self._decode(data)
+            if columns != [row.seq, row.job, row.state.value, row.version]:
+                raise JournalDamaged(self._path, f"the columns of {row.job} were changed")
+        self.remembered()
+
+    @contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        """While nothing but checked statements run: a table or a text that fails them is damage."""
+        try:
+            with self._translated():
+                yield
+        except msgspec.DecodeError as error:
+            raise JournalDamaged(self._path, str(error)) from error
+        except JournalError as error:
+            code = getattr(error.__cause__, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+            if isinstance(error.__cause__, sqlite3.OperationalError) and code == _NO_SUCH:
+                raise JournalDamaged(self._path, str(error.__cause__)) from error
+            raise
 
     def _look_at(self) -> None:
         [(version,)] = self._fetch("PRAGMA user_version")
@@ -112,10 +187,12 @@ class SqliteStore:
         self._was_clean = self._closed()
 
     def _closed(self) -> bool:
-        return bool(self._fetch("SELECT closed FROM owner")[0][0])
+        return bool(self._fetch("SELECT max(closed) FROM owner")[0][0])
 
     def commit(self, batch: Batch) -> tuple[bool, ...]:
         moved: Counter[State] = Counter()
+        if not self._broken:
+            self._check_place()
         with self._transaction():
             results = tuple(self._apply(change, moved) for change in batch.changes)
             self._db.executemany(
@@ -184,7 +261,7 @@ class SqliteStore:
 
     def events(self, job: JobId) -> tuple[Event, ...]:
         return tuple(
-            Event(job=job, at=at, kind=kind, data=msgspec.json.decode(data))
+            Event(job=job, at=at, kind=kind, data=_story(data))
             for at, kind, data in self._fetch(schema.EVENTS, job)
         )
 
@@ -249,6 +326,7 @@ class SqliteStore:
         return old if old is not None and may_replace(old, row) else None
 
     def _columns(self, row: Row) -> tuple[Any, ...]:
+        data = self._encode(row)
         return (
             row.state.value,
             row.version,
@@ -260,7 +338,8 @@ class SqliteStore:
             row.server,
             row.prompt_id,
             row.queue_by,
-            self._encode(row),
+            data,
+            zlib.crc32(data),
             row.seq,
             row.job,
         )
@@ -270,8 +349,9 @@ class SqliteStore:
         try:
             return tuple(self._decode(data) for (data,) in found)
         except msgspec.DecodeError as error:
-            self._broken = damaged(self._path, str(error))
-            raise JournalError(self._broken) from error
+            damage = JournalDamaged(self._path, str(error))
+            self._broken = str(damage)
+            raise damage from error
 
     def _row(self, query: str, *values: object) -> Row | None:
         rows = self._rows(query, *values)
@@ -312,6 +392,22 @@ class SqliteStore:
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
+
+
+def _inode(path: Path) -> int:
+    """The inode of *path*, 0 if it is not there."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def _story(data: bytes) -> dict[str, Any]:
+    """The data of an event; none if it was damaged: nothing depends on it."""
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return {}
 
 
 def open_readonly(path: Path) -> Reads:

@@ -31,6 +31,25 @@ SUBMITS: Final = 4
 _log: Any = structlog.get_logger("comfyd.server")
 
 
+def client_of(server: ServerConfig, config: Config) -> Client:
+    """A client of *server*, to be closed."""
+    return Client(
+        server.url,
+        headers=_headers(server),
+        ca_file=server.ca_file,
+        connect_timeout_s=config.client.connect_timeout_s,
+        submit_timeout_s=config.client.submit_timeout_s,
+        history_timeout_s=config.history.timeout_s,
+        health_timeout_s=config.health.timeout_s,
+        upload_timeout_s=config.client.upload_timeout_s,
+        download_idle_timeout_s=config.client.download_idle_timeout_s,
+    )
+
+
+def _headers(server: ServerConfig) -> dict[str, str]:
+    return {name: secret.reveal() for name, secret in server.headers.items()}
+
+
 class Link:
     """Everything that talks to one server: client, tracker, prober, health probe."""
 
@@ -40,18 +59,7 @@ class Link:
         self.name = ServerName(server.name)
         self.origin = server.url
         self.submits = trio.CapacityLimiter(SUBMITS)
-        headers = {name: secret.reveal() for name, secret in server.headers.items()}
-        self.client = Client(
-            server.url,
-            headers=headers,
-            ca_file=server.ca_file,
-            connect_timeout_s=config.client.connect_timeout_s,
-            submit_timeout_s=config.client.submit_timeout_s,
-            history_timeout_s=config.history.timeout_s,
-            health_timeout_s=config.health.timeout_s,
-            upload_timeout_s=config.client.upload_timeout_s,
-            download_idle_timeout_s=config.client.download_idle_timeout_s,
-        )
+        self.client = client_of(server, config)
         self.health = HealthProbe(
             self.name,
             self.client,
@@ -67,7 +75,7 @@ class Link:
         tracker = config.tracker
         self.tracker = Tracker(
             server.url,
-            headers=headers,
+            headers=_headers(server),
             ca_file=server.ca_file,
             timings=Timings(
                 connect_timeout_s=tracker.connect_timeout_s,

@@ -13,7 +13,9 @@ import errno
 import hashlib
 import heapq
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -85,6 +87,11 @@ class Taken(NamedTuple):
     unmovable: list[str]
 
 
+def seeds_of(job: JobId) -> Callable[[], int]:
+    """What draws the seeds of *job*: the same ones again, should its row be lost."""
+    return partial(random.Random(job).getrandbits, 53)
+
+
 def _never(job: JobId) -> bool:
     return False
 
@@ -97,7 +104,7 @@ class Intake:
       max_file_bytes: Nothing larger is read.
       max_attempts: For jobs that do not say.
       next_seq: The next arrival number.
-      draw: A random integer of 50 bits or more, for seeds.
+      draw: Makes, for one job, what draws its seeds: random integers of 50 bits or more.
       now_s: Seconds since the epoch, never going back (see ``comfyd.clock``).
       known: Whether the journal knows a job; asked only of names that carry a ULID.
 
@@ -111,8 +118,8 @@ class Intake:
         max_file_bytes: int,
         max_attempts: int,
         next_seq: Callable[[], int],
-        draw: Callable[[], int],
         now_s: Callable[[], float],
+        draw: Callable[[JobId], Callable[[], int]] = seeds_of,
         known: Callable[[JobId], bool] = _never,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
@@ -302,7 +309,7 @@ class Intake:
 
     def _judge(self, data: bytes, payload: str) -> jobfile.JobDocument:
         try:
-            return jobfile.load(data, payload, draw=self._draw)
+            return jobfile.load(data, payload, draw=self._draw(job_of(payload)))
         except JobFileError:
             raise
         except Exception as error:

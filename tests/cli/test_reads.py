@@ -97,6 +97,27 @@ def test_where_no_daemon_ran_there_is_nothing_and_that_is_fine(site: Site):
     assert not (site.home / "state").exists()  # looking makes nothing
 
 
+def test_a_lost_journal_is_told_from_one_that_never_was(site: Site):
+    (site.spool.done / DONE.job).mkdir()
+    code, _, err = site("status")
+    assert code == 0
+    assert "its journal is gone: the next start rebuilds it" in err
+    assert not (site.home / "state").exists()
+
+
+def test_a_damaged_journal_is_told_in_one_sentence(journaled: Site):
+    path = journaled.home / "state" / "comfyd.db"
+    content = path.read_bytes()
+    for damaged in (b"no journal" * 500, content[:100] + b"\xff" * (len(content) - 100)):
+        path.write_bytes(damaged)
+        for words in (("status",), ("jobs",), ("show", "fox")):
+            code, out, err = journaled(*words)
+            assert (code, out) == (70, "")
+            assert "the journal is damaged" in err
+            assert "At its next start the daemon moves it aside" in err
+        assert path.read_bytes() == damaged
+
+
 def test_status_comes_from_the_journal(journaled: Site):
     code, out, err = journaled("status")
     assert code == 0

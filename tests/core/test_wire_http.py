@@ -18,6 +18,7 @@ from comfyd.core.wire import (
     QueueItem,
     SubmitReply,
     decode_history,
+    decode_listing,
     decode_queue,
     decode_rejection,
     decode_remaining,
@@ -302,6 +303,30 @@ class TestQueue:
             decode_queue(body)
 
 
+class TestListing:
+    def test_records_are_named_by_what_was_submitted(self) -> None:
+        tag = {"comfyd": {"job": "j", "attempt": 2}, "client_id": "c"}
+        body = {
+            "b": {"prompt": [3, "b", {"big": [1]}, tag, ["9"]], "outputs": {}, "status": None},
+            "a": {"prompt": None},
+            "c": [],
+        }
+        assert decode_listing(json.dumps(body).encode()) == (
+            QueueItem("b", 3.0, ("j", 2), "c"),  # type: ignore[arg-type]
+            QueueItem("a"),  # type: ignore[arg-type]
+            QueueItem("c"),  # type: ignore[arg-type]
+        )
+
+    def test_nan_in_one_record_hides_no_other(self) -> None:
+        body = b'{"a":{"outputs":{"9":[NaN]},"prompt":[1,"a"]},"b":{"prompt":[2,"b"]}}'
+        assert [item.number for item in decode_listing(body)] == [1.0, 2.0]
+
+    @pytest.mark.parametrize("body", [b"", b"[]", b'{"a":' + b"[" * 100_000])
+    def test_what_is_no_list_of_records_says_nothing(self, body: bytes) -> None:
+        with pytest.raises(ServerProtocol):
+            decode_listing(body)
+
+
 class TestSmallAnswers:
     @pytest.mark.parametrize(
         ("body", "reply"),
@@ -532,7 +557,14 @@ def test_no_record_raises_anything_else(body: bytes) -> None:
 
 @given(BODIES)
 def test_no_answer_raises_anything_else(body: bytes) -> None:
-    for decode in (decode_queue, decode_submit, decode_remaining, decode_stats, decode_upload):
+    for decode in (
+        decode_queue,
+        decode_listing,
+        decode_submit,
+        decode_remaining,
+        decode_stats,
+        decode_upload,
+    ):
         with suppress(ServerProtocol):
             decode(body)
     message, _ = decode_rejection(400, body)

@@ -10,8 +10,9 @@ import pytest
 from msgspec.structs import replace
 
 from comfyd.core.model import Fence, JobId, PromptId, Row, ServerName, State
-from comfyd.errors import JournalError, JournalTooNew, SpoolBusy
+from comfyd.errors import JournalDamaged, JournalError, JournalTooNew, SpoolBusy
 from comfyd.journal import schema
+from comfyd.journal.quarantine import open_or_begin_anew
 from comfyd.journal.sqlite import SqliteStore, open_readonly
 from comfyd.journal.store import Batch, Event, Update
 from tests.journal.writer import big, insert
@@ -80,21 +81,142 @@ def test_damage_is_refused_with_a_sentence_that_says_what_to_do(path, damage):
         case _:
             raise NotImplementedError(damage)
     path.write_bytes(content)
-    with pytest.raises(JournalError, match="aside") as refused:
+    with pytest.raises(JournalDamaged, match="aside"):
         SqliteStore.open(path)
-    assert not isinstance(refused.value, JournalTooNew)
     assert path.read_bytes() == content  # kept for whoever wants to look into it
+    anew = open_or_begin_anew(path)
+    assert anew.last_seq() == 0
+    anew.close()
+    [aside] = path.parent.glob("journal.db.damaged-*Z")
+    assert aside.read_bytes() == content
+
+
+def change(path, statement):
+    db = sqlite3.connect(path)
+    with db:
+        db.execute(statement)
+    db.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE jobs SET data = CAST(replace(CAST(data AS TEXT), '01A', '01B') AS BLOB)",
+        "UPDATE jobs SET data = 'text'",
+        "UPDATE jobs SET state = 'held'",
+        "UPDATE jobs SET state = CAST(X'ff' AS TEXT)",
+        "UPDATE jobs SET version = 7",
+        "DROP TABLE owner",
+        "INSERT INTO settings VALUES ('paused', X'ff')",
+        "PRAGMA user_version = 0",
+        "PRAGMA user_version = -5",
+        "PRAGMA user_version = 1234567890",
+        "PRAGMA application_id = 5",
+    ],
+)
+def test_what_no_comfyd_has_written_is_damage(path, statement):
+    store = SqliteStore.open(path)
+    store.commit(insert())
+    store.close()
+    change(path, statement)
+    with pytest.raises(JournalDamaged):
+        SqliteStore.open(path)
+    anew = open_or_begin_anew(path)
+    assert (anew.last_seq(), anew.opened_cleanly()) == (0, True)
+    anew.close()
+    assert len(list(path.parent.glob("journal.db.damaged-*Z"))) == 1
+
+
+def crashed(path, commits):
+    """A journal whose owner was killed after so many *commits*; returns its WAL."""
+    writer = f"""if True:
+        import os
+        from pathlib import Path
+        from comfyd.journal import sqlite
+        from tests.journal.writer import big
+        store = sqlite.SqliteStore.open(Path({str(path)!r}))
+        for seq in range(1, {commits} + 1):
+            store.commit(big(seq))
+        os._exit(0)
+    """
+    subprocess.run([sys.executable, "-c", writer], check=True, timeout=30)
+    return path.with_name(path.name + "-wal")
+
+
+@pytest.mark.parametrize("where", [0.0, 0.2, 0.5, 0.9])
+def test_a_wal_that_is_damaged_before_its_end_is_damage(path, where):
+    wal = crashed(path, 10)
+    content = bytearray(wal.read_bytes())
+    at = int(len(content) * where)
+    content[at : at + 64] = bytes(byte ^ 0xFF for byte in content[at : at + 64])
+    wal.write_bytes(content)
+    store = open_or_begin_anew(path)
+    assert store.last_seq() == 0
+    store.close()
+    assert len(list(path.parent.glob("journal.db.damaged-*Z"))) == 1
+
+
+def test_a_wal_that_ends_within_a_transaction_is_what_a_crash_leaves(path):
+    wal = crashed(path, 10)
+    os.truncate(wal, wal.stat().st_size - 5000)
+    store = SqliteStore.open(path)
+    assert store.last_seq() == 9
+    store.close()
+
+
+@pytest.mark.parametrize("removed", ["", "-wal", "both"])
+def test_a_journal_that_is_removed_under_its_owner_is_put_back_whole(path, removed):
+    store = SqliteStore.open(path)
+    store.commit(insert())
+    wal = path.with_name(path.name + "-wal")
+    for file in {"": [path], "-wal": [wal], "both": [path, wal]}[removed]:
+        file.unlink()
+    for _ in range(2):
+        with pytest.raises(JournalError, match="a copy with all that was committed"):
+            store.commit(insert("wolf.01B", 2))
+    store.close()
+    successor = SqliteStore.open(path)
+    assert [row.job for row in successor.rows(limit=9)] == ["fox.01A"]
+    assert not successor.opened_cleanly()
+    assert sorted(each.name for each in path.parent.iterdir()) == [path.name, wal.name]
+    assert path.stat().st_mode & 0o777 == 0o600
+    successor.close()
+
+
+def test_a_journal_that_is_replaced_under_its_owner_is_left_to_who_did_it(path):
+    other = path.with_name("other.db")
+    replacement = SqliteStore.open(other)
+    replacement.commit(insert("wolf.01B", 2))
+    replacement.close()
+    store = SqliteStore.open(path)
+    store.commit(insert())
+    other.rename(path)
+    with pytest.raises(JournalError, match="was replaced"):
+        store.commit(insert("bear.01C", 3))
+    store.close()
+    path.with_name(path.name + "-wal").unlink(missing_ok=True)
+    successor = SqliteStore.open(path)
+    assert [row.job for row in successor.rows(limit=9)] == ["wolf.01B"]
+    successor.close()
+
+
+@pytest.mark.parametrize("reason", ["newer", "in use"])
+def test_a_journal_that_is_not_ours_to_judge_is_not_set_aside(path, reason):
+    store = SqliteStore.open(path)
+    if reason == "newer":
+        store.close()
+        change(path, "PRAGMA user_version = 999")
+    with pytest.raises((JournalTooNew, SpoolBusy)):
+        open_or_begin_anew(path)
+    assert list(path.parent.glob("*.damaged-*")) == []
+    if reason == "in use":
+        store.close()
 
 
 def test_a_row_that_cannot_be_read_is_damage(path):
     store = SqliteStore.open(path)
     store.commit(insert())
-    store.close()
-    db = sqlite3.connect(path)
-    with db:
-        db.execute("UPDATE jobs SET data = ?", (b'{"job": 1}',))
-    db.close()
-    store = SqliteStore.open(path)
+    store._db.execute("UPDATE jobs SET data = ?", (b'{"job": 1}',))  # behind its back
     with pytest.raises(JournalError, match="damaged"):
         store.get(JobId("fox.01A"))
     with pytest.raises(JournalError, match="damaged"):
@@ -109,7 +231,7 @@ def test_a_row_written_before_a_field_existed_reads_with_its_default(path):
     db = sqlite3.connect(path)
     with db:
         old = b'{"job": "fox.01A", "seq": 1, "given_up_since": [1]}'
-        db.execute("UPDATE jobs SET data = ?", (old,))
+        db.execute("UPDATE jobs SET data = ?, crc = NULL", (old,))
     db.close()
     store = SqliteStore.open(path)
     assert store.get(JobId("fox.01A")) == Row(job=JobId("fox.01A"), seq=1)
@@ -150,7 +272,7 @@ def test_a_journal_of_version_1_becomes_one_of_today_with_its_jobs_and_fences(pa
         Fence(prompt_id=PromptId(prompt_id), job=row.job, server=ServerName(server), origin=origin)
         for prompt_id, row, server, origin in [*fences, ("p-0", bear, "local", "http://x")]
     )
-    assert store.remembered() == {}
+    assert store.remembered() == {schema.WHOLE: True}
     assert store.overdue(9, 1e9).rows == ()
     limited = replace(fox, version=1, queue_by=5.0)
     assert store.commit(Batch(changes=(Update(row=limited, expected=0),))) == (True,)

@@ -69,7 +69,7 @@ def make_intake() -> MakeIntake:
                 "max_file_bytes": 10_000,
                 "max_attempts": 3,
                 "next_seq": itertools.count(1).__next__,
-                "draw": lambda: SEED,
+                "draw": lambda job: lambda: SEED,
                 "now_s": time.time,
                 **options,
             },

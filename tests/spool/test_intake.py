@@ -250,7 +250,7 @@ def test_our_own_bug_does_not_kill_us_at_every_start(
         raise ZeroDivisionError
 
     put(spool, "x.json", RANDOM)
-    (row,) = rows(take(make_intake(spool, draw=draw)))
+    (row,) = rows(take(make_intake(spool, draw=lambda job: draw)))
     assert row.outcome is not None
     assert "please report it" in row.outcome.message
     assert "ZeroDivisionError" in row.outcome.message

@@ -65,6 +65,10 @@ class _Queue(msgspec.Struct):
     queue_pending: list[_Item]
 
 
+class _Listed(msgspec.Struct):
+    prompt: _Item
+
+
 class _Extra(msgspec.Struct):
     comfyd: Any = None
     client_id: Any = None
@@ -90,6 +94,8 @@ class _Uploaded(msgspec.Struct):
 
 
 _queue = msgspec.json.Decoder(_Queue)
+_listing = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_listed = msgspec.json.Decoder(_Listed)
 _extra = msgspec.json.Decoder(_Extra)
 _submitted = msgspec.json.Decoder(_Submitted)
 _remaining = msgspec.json.Decoder(_Remaining)
@@ -114,6 +120,27 @@ def decode_queue(body: bytes) -> QueueSnapshot:
     # The server lists its heap, not the order in which it will run.
     pending = sorted(map(_item, queue.queue_pending), key=_place)
     return QueueSnapshot(tuple(map(_item, queue.queue_running)), tuple(pending))
+
+
+def decode_listing(body: bytes) -> tuple[QueueItem, ...]:
+    """Decode GET /history?max_items=: which prompts have a record, oldest first; nothing else.
+
+    A record that cannot be read is one of a prompt that is not ours.
+
+    Raises:
+      ServerProtocol: Not a list of records.
+
+    """
+    records = _answer("GET /history", body, _listing)
+    return tuple(_listed_item(prompt_id, record) for prompt_id, record in records.items())
+
+
+def _listed_item(prompt_id: str, record: msgspec.Raw) -> QueueItem:
+    try:
+        listed, _ = decode(bytes(record), _listed)
+    except Malformed:
+        return QueueItem(PromptId(prompt_id))
+    return _item(listed.prompt)
 
 
 def _place(item: QueueItem) -> tuple[float, str]:
