@@ -230,7 +230,9 @@ async def _run(
                 intake,
                 rescan_s=config.watch.rescan_s,
                 send=inbox.claim,
-                paused=lambda: engine.active > ACTIVE_MAX or dispatcher.waits_for_space,
+                paused=lambda: (
+                    engine.paused or engine.active > ACTIVE_MAX or dispatcher.waits_for_space
+                ),
                 on_pickup=metrics.spool_pickup,
                 on_unmovable=partial(metrics.spool_rejected, "unmovable"),
             )

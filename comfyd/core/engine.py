@@ -24,17 +24,23 @@ from comfyd.core.facts import (
     Claimed,
     Connected,
     Disconnected,
+    DrainAsked,
     Fact,
+    ForgetAsked,
     Health,
     Hint,
     NotSent,
+    PauseAsked,
     Probed,
     QueueSeen,
     Rejected,
+    ResumeAsked,
     Sign,
     StalledPublisher,
     SubmitUnknown,
+    Summoned,
     Tick,
+    Wish,
 )
 from comfyd.core.job import (
     Assigned,
@@ -49,10 +55,12 @@ from comfyd.core.job import (
     job_of,
 )
 from comfyd.core.model import JobId, PromptId, Row, ServerName, State
+from comfyd.core.moves import noted, requeue
 from comfyd.core.notes import Note
-from comfyd.core.orders import Order, Refill
+from comfyd.core.orders import Order, Refill, Summon
 from comfyd.core.policy import Policy, exponential_s, window
 from comfyd.core.server import Server
+from comfyd.core.submitted import given_up
 
 # Enough to keep 16 servers with full windows busy for two rounds between reads of the journal.
 LOOK_AHEAD = 512
@@ -116,6 +124,7 @@ class Engine:
         self._now_s = 0.0
         self._refilling = False
         self._pending = _Pending()
+        self.paused = False
 
     def fork(self) -> Engine:
         """An independent copy, for exploring what else could happen; nothing may be pending."""
@@ -149,6 +158,13 @@ class Engine:
                 self._candidates(fact, now_s, u)
             case Tick():
                 self._tick(now_s, u)
+            case PauseAsked():
+                self.paused = fact.paused
+                self._pending.urgent = True
+            case DrainAsked() | ResumeAsked() | ForgetAsked():
+                self._server_wish(fact, now_s, u)
+            case Summoned():
+                self._summoned(fact, now_s, u)
             case Connected() | Disconnected() | StalledPublisher() | QueueSeen() | Health():
                 self._server_news(fact, now_s, u)
             case _:
@@ -209,6 +225,8 @@ class Engine:
         if job is None:
             if isinstance(fact, Answer):
                 self._drop("stale_answer")
+            elif isinstance(fact, Wish):
+                self._pending.orders.append(Summon(wishes=(fact,)))
             else:
                 self._drop("unknown_job")
             return
@@ -296,7 +314,7 @@ class Engine:
 
     def _current(self, order: Order) -> Order:
         """The order with the row as committed, version and all."""
-        if isinstance(order, Refill):
+        if isinstance(order, Refill | Summon):
             return order
         job = self.jobs.get(order.row.job)
         return order if job is None else replace(order, row=job.row)
@@ -355,13 +373,46 @@ class Engine:
             room = window(server.window, server.run_average_s)
             load = max(ours, theirs)
             usable = server.up and not server.refusal and now_s >= server.opens_s
+            usable = usable and not server.draining and not server.wedged
             if usable and load < room:
                 share = max(ours, server.remaining) / room
                 if best is None or share < best[0]:
                     best = share, server
         return None if best is None else best[1]
 
+    def _summoned(self, fact: Summoned, now_s: float, u: float) -> None:
+        for row in fact.rows:
+            if row.job not in self.jobs and not row.state.final:
+                context = Context(now_s=now_s, u=u, policy=self.policy)
+                self._apply(row, lifecycle.load(_clamp(row, now_s), context, crashed=False), now_s)
+        for wish in fact.wishes:
+            job = self.jobs.get(wish.job)
+            if job is None:
+                self._drop("unknown_job")
+                continue
+            self._step(job, wish, now_s, u)
+            if wish.job not in self._pending.dirty and job.row.state is State.HELD:
+                self._remove(wish.job)
+
     # --- servers ---------------------------------------------------------------------------------
+
+    def trouble(self, name: ServerName) -> str:
+        """Why this server gets nothing more by itself, as a sentence; "" if it does."""
+        return self.servers[name].wedged
+
+    def _server_wish(
+        self, fact: DrainAsked | ResumeAsked | ForgetAsked, now_s: float, u: float
+    ) -> None:
+        if isinstance(fact, ForgetAsked):
+            for job_id in list(self.on_server.get(fact.server, {})):
+                job = self.jobs[job_id]
+                context = Context(now_s=now_s, u=u, policy=self.policy)
+                lost = noted(job, "lost", cause="abandoned", charged=False)
+                done = requeue(job, context, lost, abandoned=given_up(job.row))
+                self._apply(job.row, done, now_s)
+        elif fact.server in self.servers:
+            draining = isinstance(fact, DrainAsked)
+            self._set(fact.server, draining=draining, wedged="")
 
     def _set(self, name: ServerName, **changes: object) -> Server:
         server = replace(self.servers[name], **changes)  # type: ignore[arg-type]  # fields by name

@@ -40,6 +40,8 @@ class Server:
     run_average_s: float | None = None
     listen_by_s: float = 0.0
     death_charged: bool = False
+    draining: bool = False
+    wedged: str = ""
 
     @property
     def opens_s(self) -> float:

@@ -11,9 +11,9 @@ import trio
 
 from comfyd.core.engine import Batch as EngineBatch
 from comfyd.core.engine import Change, Engine
-from comfyd.core.facts import Fact, Tick
+from comfyd.core.facts import Fact, Summoned, Tick
 from comfyd.core.notes import Note
-from comfyd.core.orders import JobOrder, Refill
+from comfyd.core.orders import JobOrder, Refill, Summon
 from comfyd.errors import DiskFull, JournalError
 from comfyd.journal.store import Batch, Event, Insert, Update
 from comfyd.journal.thread import Journal
@@ -101,16 +101,23 @@ class Dispatcher:
                 self._lazy_since_s = min(self._lazy_since_s, now_s)
             self._observe(batch.notes)
             refill: Refill | None = None
+            summoned: list[Fact] = []
             for order in batch.orders:
                 if isinstance(order, Refill):
                     refill = order
+                elif isinstance(order, Summon):
+                    found = [await self._journal.get(wish.job) for wish in order.wishes]
+                    rows = tuple(row for row in found if row is not None)
+                    summoned.append(Summoned(rows=rows, wishes=order.wishes))
                 elif isinstance(order, JobOrder):
                     self._perform(order)
-            if refill is None:
+            if refill is None and not summoned:
                 break
-            # Read here and now, so that what is read cannot be older than what is in memory.
-            rows = await self._journal.candidates(refill.count, self._clock.now_s())
-            self._handle([rows])
+            self._handle(summoned)
+            if refill is not None:
+                # Read here and now, so that what is read cannot be older than what is in memory.
+                candidates = await self._journal.candidates(refill.count, self._clock.now_s())
+                self._handle([candidates])
         self._settled.set()
         self._on_deadline(self._engine.next_deadline_s())
 
