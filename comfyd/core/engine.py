@@ -292,7 +292,7 @@ class Engine:
             elif row.retired or row.state is State.HELD:
                 self._remove(job_id)
         if self._queued > LOOK_AHEAD:
-            queue = sorted(entry for entry in self._queue if self._is_queued(entry))
+            queue = sorted({entry for entry in self._queue if self._is_queued(entry)})
             self._more = True
             for _, _, job_id in queue[LOOK_AHEAD:]:
                 self._remove(job_id)
