@@ -99,6 +99,8 @@ class Rig:
                 self.inbox.put(facts.Published(token=token))
             case orders.Retire():
                 self.inbox.put(facts.Retired(token=token))
+            case _:
+                pass  # a server that hangs
 
     def probed(self, token: Token, row: Row) -> facts.Probed:
         presence, end = self.presence(row)
