@@ -31,18 +31,22 @@ def jobs(args: argparse.Namespace) -> int:
         problem = "name jobs or choose them with --state or --match, not both"
         raise UsageError(problem if chosen else f"say which jobs: {problem}")
     config, _ = configured(args)
-    count: Counter[tuple[bool, str]] = Counter()
     request = {"verb": args.command, "state": args.state}
-    for portion in _chosen(config, args) if chosen else _portions(iter(args.jobs)):
-        for result in _ask(config, {**request, "jobs": portion}, WISH_S)["results"]:
-            count[result["ok"], result["outcome"]] += 1
-            put_json(result) if args.json else put(f"{result['job']}  {result['what']}")
-    if not count:
+    outcomes: Counter[str] = Counter()
+    good = True
+    try:
+        for portion in _chosen(config, args) if chosen else _portions(iter(args.jobs)):
+            for result in _ask(config, {**request, "jobs": portion}, WISH_S)["results"]:
+                outcomes[result["outcome"]] += 1
+                good &= result["ok"]
+                put_json(result) if args.json else put(f"{result['job']}  {result['what']}")
+    finally:  # also when Ctrl-C ends it
+        if outcomes.total() > 1:
+            told = [f"{count} {word.replace('_', ' ')}" for word, count in outcomes.items()]
+            say(f"comfyd: {counted(outcomes.total(), 'job')}: {', '.join(told)}")
+    if not outcomes:
         say(f"comfyd: no job to {args.command} was found")
-    elif len(count) > 1 or count.total() > 1:
-        words = [f"{number} {outcome.replace('_', ' ')}" for (_, outcome), number in count.items()]
-        say(f"comfyd: {counted(count.total(), 'job')}: {', '.join(words)}")
-    return Exit.OK if all(ok for ok, _ in count) else Exit.FAILED
+    return Exit.OK if good else Exit.FAILED
 
 
 def servers(args: argparse.Namespace) -> int:

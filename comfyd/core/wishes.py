@@ -201,7 +201,7 @@ def resumed(before: bool, after: bool, servers: Iterable[Server]) -> tuple[bool,
     told = "The intake goes on." if before else "The intake was not paused."
     draining = [server.name for server in servers if server.draining]
     if draining:
-        told += f" Still drained: {', '.join(draining)}; name a server to resume it."
+        told += f" Still drained: {', '.join(draining)}; resume servers by name."
     return True, told
 
 

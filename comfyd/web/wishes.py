@@ -6,11 +6,13 @@ reply is read from what was committed (``core.wishes``), never told from what wa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Final
 
+import structlog
 import trio
 
 from comfyd.core import wishes
@@ -38,6 +40,8 @@ Verb = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
 CONFIRM_S: Final = 25.0  # a person waits no longer than this for a prompt to be seen gone
 PAGE: Final = 500  # rows looked at in one request
+
+_log: Any = structlog.get_logger("comfyd.wishes")
 
 
 class Wishes:
@@ -108,10 +112,11 @@ class Wishes:
                 await self._dispatcher.settled()
             await self._heeded([Tick()])  # by then, what was seen in memory is committed
         return _told(
+            verb,
             [
                 reply_of(each, await self._committed(each)) if isinstance(each, Row) else each
                 for each in chosen
-            ]
+            ],
         )
 
     async def _retry(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,12 +127,13 @@ class Wishes:
         with trio.move_on_after(CONFIRM_S):
             await self._heeded([Tick()])
         return _told(
+            "retry",
             [
                 each
                 if isinstance(each, Reply)
                 else wishes.retried(*each, await self._journal.get(each[1].job))
                 for each in made
-            ]
+            ],
         )
 
     async def _made_again(self, row: Row) -> tuple[Row, Row] | Reply:
@@ -188,7 +194,7 @@ class Wishes:
             ok, what = wishes.paused(before, engine.paused)
         else:
             ok, what = wishes.resumed(before, engine.paused, engine.servers.values())
-        return _result(ok, what, paused=engine.paused)
+        return _result("pause" if paused else "resume", ok, what, paused=engine.paused)
 
     async def _resume(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request.get("server") is None:
@@ -198,7 +204,7 @@ class Wishes:
         with trio.move_on_after(CONFIRM_S):
             await self._heeded([ResumeAsked(server=name)])
         ok, what = wishes.server_resumed(before, was, engine.servers[name], engine.trouble(name))
-        return _result(ok, what, server=name)
+        return _result("resume", ok, what, server=name)
 
     async def _drain(self, request: Mapping[str, Any]) -> dict[str, Any]:
         name, engine = self._server(request), self._engine
@@ -207,7 +213,7 @@ class Wishes:
             await self._heeded([DrainAsked(server=name)])
         in_flight = len(engine.on_server[name])
         ok, what = wishes.drained(before, engine.servers[name], in_flight)
-        return _result(ok, what, server=name, in_flight=in_flight)
+        return _result("drain", ok, what, server=name, in_flight=in_flight)
 
     async def _forget(self, request: Mapping[str, Any]) -> dict[str, Any]:
         engine = self._engine
@@ -217,12 +223,12 @@ class Wishes:
         why = wishes.why_not_forget(name, engine.servers.get(name))
         before = len(engine.on_server.get(name, ()))
         if why:
-            return _result(False, why, server=name, in_flight=before)
+            return _result("forget", False, why, server=name, in_flight=before)
         with trio.move_on_after(CONFIRM_S):
             await self._heeded([ForgetAsked(server=name)])
         after = len(engine.on_server.get(name, ()))
         ok, what = wishes.forgotten(name, before, after)
-        return _result(ok, what, server=name, in_flight=after)
+        return _result("forget", ok, what, server=name, in_flight=after)
 
     def _server(self, request: Mapping[str, Any], more: Iterable[ServerName] = ()) -> ServerName:
         name = ServerName(asked.server_in(request))
@@ -233,9 +239,11 @@ class Wishes:
         return name
 
 
-def _told(replies: Iterable[Reply]) -> dict[str, Any]:
+def _told(verb: str, replies: list[Reply]) -> dict[str, Any]:
+    _log.info("asked", verb=verb, **Counter(reply.outcome for reply in replies))
     return {"results": [reply.to_dict() for reply in replies]}
 
 
-def _result(ok: bool, what: str, **more: object) -> dict[str, Any]:
+def _result(verb: str, ok: bool, what: str, **more: object) -> dict[str, Any]:
+    _log.info("asked", verb=verb, ok=ok, what=what)
     return {"result": {"ok": ok, "what": what, **more}}
