@@ -291,9 +291,10 @@ class Engine:
                 self._remove(job_id)
             elif row.retired or row.state is State.HELD:
                 self._remove(job_id)
-        if self._queued > LOOK_AHEAD:
+        # The heap keeps entries of jobs that were held or cancelled until it is made anew.
+        if self._queued > LOOK_AHEAD or len(self._queue) > 2 * LOOK_AHEAD:
             queue = sorted({entry for entry in self._queue if self._is_queued(entry)})
-            self._more = True
+            self._more |= len(queue) > LOOK_AHEAD
             for _, _, job_id in queue[LOOK_AHEAD:]:
                 self._remove(job_id)
             self._queue = queue[:LOOK_AHEAD]
