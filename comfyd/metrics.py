@@ -381,7 +381,7 @@ class Metrics:
                 case "fetched":
                     self._outputs.labels(server).inc(data["outputs"])
                     self._output_bytes.labels(server).inc(data["bytes"])
-                case "accepted" | "signal":
+                case "accepted" | "signal" | "retried":
                     pass  # part of the story; what they lead to is counted
                 case _:
                     assert_never(note.kind)

@@ -338,6 +338,8 @@ class Engine:
         self._pending.notes.append(
             Note("claimed", row.job, None, {"payload": row.payload, "invalid": invalid})
         )
+        if row.retry_of is not None:
+            self._pending.notes.append(Note("retried", row.retry_of, None, {"new": row.job}))
 
     def _candidates(self, fact: Candidates, now_s: float, u: float) -> None:
         self._refilling = False

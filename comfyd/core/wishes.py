@@ -185,11 +185,13 @@ def retried(row: Row, new: Row, committed: Row | None) -> Reply:
 
 # --- intake and servers --------------------------------------------------------------------------
 
+UNWRITTEN: Final = (False, "Not yet: the daemon could not write it down; look at its status.")
+
 
 def paused(before: bool, after: bool) -> tuple[bool, str]:
     """Whether the intake is stopped as asked, and a sentence."""
     if not after:
-        return False, _UNWRITTEN
+        return UNWRITTEN
     was = " already" if before else ""
     return True, f"The intake is paused{was}: files stay in new/ until comfyd resume."
 
@@ -197,7 +199,7 @@ def paused(before: bool, after: bool) -> tuple[bool, str]:
 def resumed(before: bool, after: bool, servers: Iterable[Server]) -> tuple[bool, str]:
     """Whether the intake goes on as asked, and a sentence: servers are resumed by name."""
     if after:
-        return False, _UNWRITTEN
+        return UNWRITTEN
     told = "The intake goes on." if before else "The intake was not paused."
     draining = [server.name for server in servers if server.draining]
     if draining:
@@ -208,7 +210,7 @@ def resumed(before: bool, after: bool, servers: Iterable[Server]) -> tuple[bool,
 def drained(before: Server, after: Server, in_flight: int) -> tuple[bool, str]:
     """Whether nothing more is sent there, and a sentence."""
     if not after.draining:
-        return False, _UNWRITTEN
+        return UNWRITTEN
     was = " was drained already" if before.draining else " gets nothing more"
     return True, f"{after.name}{was}; {_finishing(in_flight)}."
 
@@ -221,7 +223,7 @@ def server_resumed(before: Server, was: str, after: Server, trouble: str) -> tup
 
     """
     if after.draining:
-        return False, _UNWRITTEN
+        return UNWRITTEN
     if trouble:
         return False, f"{after.name} is still not used: {trouble}"
     if not before.draining and not was:
@@ -251,9 +253,6 @@ def forgotten(name: ServerName, before: int, after: int) -> tuple[bool, str]:
 def draining_words(in_flight: int) -> str:
     """What a drained server does, as a sentence."""
     return f"gets nothing more; {_finishing(in_flight)}"
-
-
-_UNWRITTEN: Final = "Not yet: the daemon could not write it down; look at its status."
 
 
 def _finishing(in_flight: int) -> str:
