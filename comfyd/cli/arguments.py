@@ -45,7 +45,8 @@ is done. What has ended already and is being delivered comes too late to be canc
         """\
 The new job has an id of its own, is made of what was submitted, as it lies in done/ or failed/, and
 takes over the key and the random numbers that were drawn. If the folder was taken away from there,
-submit the file again. --match alone chooses what failed or was cancelled.
+submit the file again. --match alone chooses what failed or was cancelled; what was retried already
+is chosen neither by --match nor by --state, only by its name.
 """
         + _CHOSEN,
     ),

@@ -34,6 +34,8 @@ from comfyd.spool.layout import (
 
 BUNDLE: Final = "job"  # the folder of a result that holds the bundle as it was submitted
 
+_CHANGED: Final = "is not as it was submitted; submit it anew"
+
 
 def claim_again(
     intake: Intake,
@@ -60,6 +62,9 @@ def claim_again(
     if not taken.claims:
         raise JobFileError(f"{payload} vanished from claimed/; submit the file again")
     new = taken.claims[0].row
+    if new.sha256 != row.sha256:  # a bundle: a file was found so before it was copied
+        _wipe(spool.claimed / new.payload)
+        raise JobFileError(f"the bundle in its folder {_CHANGED}")
     return Claimed(row=replace(new, retry_of=row.job, key=row.key, drawn=row.drawn or new.drawn))
 
 
@@ -86,7 +91,7 @@ def _put_back(spool: Spool, row: Row, max_bytes: int, ulid: str) -> str:
         what = "what was submitted is no job file" if odd else f"there is no {name} in its folder"
         raise JobFileError(f"{what}; submit a good one instead")
     if hashlib.sha256(data).hexdigest() != row.sha256:
-        raise JobFileError(f"{place}/{row.job}/{name} is not as it was submitted; submit it anew")
+        raise JobFileError(f"{name} in its folder {_CHANGED}")
     write_durably(spool.claimed / payload, data, aside=aside, mode=0o600)
     return payload
 
@@ -105,17 +110,19 @@ def _read(path: Path, max_bytes: int) -> bytes | None:
 
 
 def _copy_bundle(bundle: Path, target: Path, aside: Path) -> None:
+    """Args: aside: a folder for the copy while it is made."""
+    copy = aside / BUNDLE
     with full_disk_told():
         try:
-            shutil.copytree(bundle, aside, symlinks=True)
-            for folder, _, files in os.walk(aside):
+            aside.mkdir(0o700)
+            shutil.copytree(bundle, copy, symlinks=True)
+            for folder, _, files in os.walk(copy):
                 for name in files:
                     _sync_file(Path(folder, name))
                 fsync_dir(Path(folder))
-            aside.rename(target)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+            copy.rename(target)
+        finally:
+            _wipe(aside)
         fsync_dir(target.parent)
 
 
@@ -127,3 +134,10 @@ def _sync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _wipe(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -69,6 +69,7 @@ class Wishes:
         self._inbox = inbox
         self._dispatcher = dispatcher
         self._again = again
+        self._retrying = trio.Lock()  # or two at once might make two jobs of one key
 
     def verbs(self) -> dict[str, Verb]:
         return {
@@ -99,7 +100,12 @@ class Wishes:
             for row in rows
             if shown_state(row) in states and (pattern is None or fnmatchcase(row.job, pattern))
         ]
+        if verb == "retry":  # or each time that everything is retried, there would be twice as much
+            jobs = [job for job in jobs if not await self._was_retried(job)]
         return {"jobs": jobs, "after": rows[-1].seq if len(rows) == PAGE else None}
+
+    async def _was_retried(self, job: JobId) -> bool:
+        return any(event.kind == "retried" for event in await self._journal.events(job))
 
     async def _wish(self, verb: str, request: Mapping[str, Any]) -> dict[str, Any]:
         """Tell the core each wish, wait until it is carried out or CONFIRM_S are over, and tell."""
@@ -121,24 +127,29 @@ class Wishes:
 
     async def _retry(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Make a new job of each; done when its row is committed."""
-        made: list[tuple[Row, Row] | Reply] = []
-        for each in await self._chosen(request):
-            made.append(each if isinstance(each, Reply) else await self._made_again(each))
-        with trio.move_on_after(CONFIRM_S):
-            await self._heeded([Tick()])
+        told: list[Reply | tuple[Row, Row]] = []
+        by_key: dict[str | None, Row] = {}  # made here, and maybe not in the journal yet
+        async with self._retrying:
+            for each in await self._chosen(request):
+                made = each if isinstance(each, Reply) else await self._made_again(each, by_key)
+                told.append(made)
+            with trio.move_on_after(CONFIRM_S):
+                await self._heeded([Tick()])
         return _told(
             "retry",
             [
                 each
                 if isinstance(each, Reply)
                 else wishes.retried(*each, await self._journal.get(each[1].job))
-                for each in made
+                for each in told
             ],
         )
 
-    async def _made_again(self, row: Row) -> tuple[Row, Row] | Reply:
+    async def _made_again(self, row: Row, by_key: dict[str | None, Row]) -> tuple[Row, Row] | Reply:
         """The old row and the one that was made of it, which the core is told of; or why not."""
-        keyed = None if row.key is None else await self._journal.keyed(row.key)
+        keyed = None
+        if row.key is not None:
+            keyed = by_key.get(row.key) or await self._journal.keyed(row.key)
         why = wishes.why_no_retry(row, keyed)
         if why:
             return wishes.not_retried(row, why)
@@ -148,6 +159,7 @@ class Wishes:
             return wishes.not_retried(row, f"not retried: {error}")
         # Nothing is awaited in between: a verb that is cancelled leaves no file without its row.
         self._inbox.put(claimed)
+        by_key[row.key] = claimed.row
         return row, claimed.row
 
     async def _chosen(self, request: Mapping[str, Any]) -> list[Row | Reply]:
@@ -184,51 +196,54 @@ class Wishes:
             number = self._inbox.leave(fact)
         await self._dispatcher.settled(number)
 
+    async def _written(self, fact: Fact) -> bool:
+        """Leave *fact*; whether it was dealt with, and so committed, within CONFIRM_S."""
+        with trio.move_on_after(CONFIRM_S) as patience:
+            await self._heeded([fact])
+        return not patience.cancelled_caught
+
     # --- intake and servers ----------------------------------------------------------------------
 
     async def _pause(self, paused: bool, request: Mapping[str, Any]) -> dict[str, Any]:
         engine, before = self._engine, self._engine.paused
-        with trio.move_on_after(CONFIRM_S):
-            await self._heeded([PauseAsked(paused=paused)])
+        written = await self._written(PauseAsked(paused=paused))
         if paused:
-            ok, what = wishes.paused(before, engine.paused)
+            told = wishes.paused(before, engine.paused)
         else:
-            ok, what = wishes.resumed(before, engine.paused, engine.servers.values())
-        return _result("pause" if paused else "resume", ok, what, paused=engine.paused)
+            told = wishes.resumed(before, engine.paused, engine.servers.values())
+        verb = "pause" if paused else "resume"
+        return _result(verb, told if written else wishes.UNWRITTEN, paused=engine.paused)
 
     async def _resume(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request.get("server") is None:
             return await self._pause(False, request)
         name, engine = self._server(request), self._engine
         before, was = engine.servers[name], engine.trouble(name)
-        with trio.move_on_after(CONFIRM_S):
-            await self._heeded([ResumeAsked(server=name)])
-        ok, what = wishes.server_resumed(before, was, engine.servers[name], engine.trouble(name))
-        return _result("resume", ok, what, server=name)
+        written = await self._written(ResumeAsked(server=name))
+        told = wishes.server_resumed(before, was, engine.servers[name], engine.trouble(name))
+        return _result("resume", told if written else wishes.UNWRITTEN, server=name)
 
     async def _drain(self, request: Mapping[str, Any]) -> dict[str, Any]:
         name, engine = self._server(request), self._engine
         before = engine.servers[name]
-        with trio.move_on_after(CONFIRM_S):
-            await self._heeded([DrainAsked(server=name)])
-        in_flight = len(engine.on_server[name])
-        ok, what = wishes.drained(before, engine.servers[name], in_flight)
-        return _result("drain", ok, what, server=name, in_flight=in_flight)
+        written = await self._written(DrainAsked(server=name))
+        left = len(engine.on_server[name])
+        told = wishes.drained(before, engine.servers[name], left)
+        return _result("drain", told if written else wishes.UNWRITTEN, server=name, in_flight=left)
 
     async def _forget(self, request: Mapping[str, Any]) -> dict[str, Any]:
         engine = self._engine
         # One that is no longer configured may still have prompts of ours.
         gone = [name for name, jobs in engine.on_server.items() if jobs]
         name = self._server(request, gone)
-        why = wishes.why_not_forget(name, engine.servers.get(name))
         before = len(engine.on_server.get(name, ()))
+        why = wishes.why_not_forget(name, engine.servers.get(name))
         if why:
-            return _result("forget", False, why, server=name, in_flight=before)
-        with trio.move_on_after(CONFIRM_S):
-            await self._heeded([ForgetAsked(server=name)])
-        after = len(engine.on_server.get(name, ()))
-        ok, what = wishes.forgotten(name, before, after)
-        return _result("forget", ok, what, server=name, in_flight=after)
+            return _result("forget", (False, why), server=name, in_flight=before)
+        written = await self._written(ForgetAsked(server=name))
+        left = len(engine.on_server.get(name, ()))
+        told = wishes.forgotten(name, before, left)
+        return _result("forget", told if written else wishes.UNWRITTEN, server=name, in_flight=left)
 
     def _server(self, request: Mapping[str, Any], more: Iterable[ServerName] = ()) -> ServerName:
         name = ServerName(asked.server_in(request))
@@ -244,6 +259,7 @@ def _told(verb: str, replies: list[Reply]) -> dict[str, Any]:
     return {"results": [reply.to_dict() for reply in replies]}
 
 
-def _result(verb: str, ok: bool, what: str, **more: object) -> dict[str, Any]:
+def _result(verb: str, told: tuple[bool, str], **more: object) -> dict[str, Any]:
+    ok, what = told
     _log.info("asked", verb=verb, ok=ok, what=what)
     return {"result": {"ok": ok, "what": what, **more}}

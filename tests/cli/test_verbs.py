@@ -165,6 +165,7 @@ async def test_jobs_are_held_released_and_made_again(quick: Site, daemon: Serve)
             await until(quick, new, "done")
             story = json.loads((await call(quick, "show", new, "--json"))[1])
             assert story["retry_of"] == old
+            assert f"retried as {new}" in (await call(quick, "show", old))[1]
             copied = (quick.spool.done / new / "job.json").read_bytes()
             assert json.loads(copied)["set"] == {"1.batch_size": 1}
         shutil.rmtree(quick.spool.done / made[0])
@@ -200,13 +201,18 @@ async def test_a_long_queue_is_cancelled_in_portions(
     site.journal(*rows)
     async with daemon():
         await call(site, "drain", "sim")
-        ended = json.loads((await call(site, "status", "--json"))[1])["jobs"]["failed"]
         code, out, err = await call(site, "cancel", "--state", "queued")
         assert code == 0
-        assert len(out.splitlines()) == count - ended
-        assert err == f"comfyd: {count - ended} jobs: {count - ended} cancelled\n"
+        cancelled = len(out.splitlines())
+        assert cancelled >= count - 2  # what was sent before it was drained
+        assert err == f"comfyd: {cancelled} jobs: {cancelled} cancelled\n"
+        for _ in range(100):
+            counts = json.loads((await call(site, "status", "--json"))[1])["jobs"]
+            if counts["cancelled"] + counts["failed"] == count:
+                break
+            await trio.sleep(0.05)
+        assert counts["cancelled"] == cancelled
         assert len(list(site.spool.failed.iterdir())) == count
-        assert list(site.spool.claimed.iterdir()) == []
 
 
 def test_thousands_of_names_are_asked_in_portions(site: Site, monkeypatch: pytest.MonkeyPatch):

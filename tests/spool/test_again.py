@@ -77,18 +77,37 @@ def test_a_yaml_job_stays_one(spool: Spool, make_intake: MakeIntake) -> None:
     assert new.outcome is None
 
 
+def ended_bundle(spool: Spool, make_intake: MakeIntake) -> Row:
+    """A bundle that was claimed, and has ended."""
+    job = "fox.01ARZ3NDEKTSV4RRFFQ69G5FAV"
+    bundle = spool.claimed / job
+    (bundle / "deep").mkdir(parents=True)
+    (bundle / "job.json").write_bytes(GRAPH)
+    (bundle / "payload").write_bytes(b"a name like ours")
+    (bundle / "deep" / "photo.png").write_bytes(b"png")
+    row = make_intake(spool).adopt([job]).claims[0].row
+    (spool.failed / job).mkdir()
+    bundle.rename(spool.failed / job / "job")
+    return msgspec.structs.replace(row, state=State.FAILED)
+
+
 def test_a_bundle_is_copied_whole(spool: Spool, make_intake: MakeIntake) -> None:
-    old = ended(spool)
-    folder = folder_of(spool, old)
-    (folder / "job.json").unlink()
-    (folder / "job" / "deep").mkdir(parents=True)
-    (folder / "job" / "job.json").write_bytes(GRAPH)
-    (folder / "job" / "deep" / "photo.png").write_bytes(b"png")
+    old = ended_bundle(spool, make_intake)
     new = once_more(spool, make_intake, old)
     bundle = spool.claimed / new.payload
     assert (bundle / "job.json").read_bytes() == GRAPH
     assert (bundle / "deep" / "photo.png").read_bytes() == b"png"
-    assert new.retry_of == old.job
+    assert (new.retry_of, new.sha256) == (old.job, old.sha256)
+    assert os.listdir(spool.stage) == []
+
+
+def test_a_bundle_that_is_not_what_was_claimed_is_not_run(
+    spool: Spool, make_intake: MakeIntake
+) -> None:
+    old = msgspec.structs.replace(ended_bundle(spool, make_intake), sha256="of another")
+    with pytest.raises(JobFileError, match="bundle in its folder is not as it was submitted"):
+        once_more(spool, make_intake, old)
+    assert os.listdir(spool.claimed) == os.listdir(spool.stage) == []
 
 
 def test_a_folder_that_was_taken_away_is_said(spool: Spool, make_intake: MakeIntake) -> None:
@@ -135,9 +154,7 @@ def test_what_was_no_file_at_all_is_not_tried_again(spool: Spool, make_intake: M
 def test_a_full_disk_leaves_nothing_behind(
     spool: Spool, make_intake: MakeIntake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = ended(spool)
-    (folder_of(spool, old) / "job").mkdir()
-    (folder_of(spool, old) / "job" / "job.json").write_bytes(GRAPH)
+    old = ended_bundle(spool, make_intake)
 
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -154,6 +171,7 @@ def test_a_crash_before_the_row_leaves_a_plain_job_and_no_rubbish(
     old = ended(spool)
     new = once_more(spool, make_intake, old)  # and its row is never committed
     (spool.stage / f".{old.payload}.part").write_bytes(b"half of another")
+    (spool.stage / ".hare.part" / "job").mkdir(parents=True)
     reap(spool, set())
     (claim,) = make_intake(spool).adopt(os.listdir(spool.claimed)).claims
     assert (claim.row.job, claim.row.retry_of) == (new.job, None)

@@ -372,6 +372,7 @@ async def test_a_queue_longer_than_memory_is_held_and_released(autojump_clock: M
             assert len(told) == count
             assert all(ok for _, ok, _ in told)
             assert len(rig.engine.jobs) <= LOOK_AHEAD + 100
+            assert len(rig.engine._queue) <= 3 * LOOK_AHEAD  # entries that are outdated, too
         assert rig.store.counts()[State.HELD] == count
         assert rig.engine.counts[State.HELD] == count
 
@@ -395,6 +396,7 @@ async def test_a_retry_is_a_new_job_and_takes_the_key_over(autojump_clock: MockC
         assert new is not None
         assert (new.retry_of, new.key, new.state) == (J1, "k", State.QUEUED)
         assert rig.store.keyed("k") == new
+        assert [event.data for event in rig.store.events(J1)] == [{"new": new.job}]
         assert rig.state(J1) is State.FAILED
         # As long as that one lives, its key makes no third.
         (again,) = (await rig.ask("retry", jobs=[J1]))["results"]
@@ -427,6 +429,48 @@ async def test_a_retry_that_could_not_be_written_down_yet_is_no_success(autojump
         rig.store.commit = commit  # type: ignore[method-assign]
         await trio.sleep(10)
         assert rig.state(JobId(told["new"])) is State.QUEUED
+
+
+async def test_one_key_is_never_that_of_two_live_jobs(autojump_clock: MockClock):
+    rows = [ended(n, key="k") for n in (1, 2, 3)]
+    async with running(*rows) as rig:
+        replies: list[dict[str, Any]] = []
+
+        async def retry(*jobs: JobId) -> None:
+            replies.extend((await rig.ask("retry", jobs=list(jobs)))["results"])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(retry, J1, J2)
+            nursery.start_soon(retry, J3)
+        assert sorted(each["outcome"] for each in replies) == ["refused", "refused", "retried"]
+        assert rig.store.counts()[State.QUEUED] == 1
+
+
+async def test_retrying_all_twice_makes_no_second_job_of_any(autojump_clock: MockClock):
+    async with running(*(ended(n) for n in range(1, 6))) as rig:
+        first = await chosen(rig, **{"for": "retry", "state": "failed"})
+        assert len(first) == 5
+        assert all(ok for _, ok, _ in await rig.told("retry", *first, state="failed"))
+        assert await chosen(rig, **{"for": "retry", "state": "failed"}) == []
+        assert await rig.told("retry", J1) == [(J1, True, "retried")]  # by its name, yes
+
+
+async def test_what_could_not_be_written_down_is_not_told_as_done(autojump_clock: MockClock):
+    async with running(*queued(1)) as rig:
+        commit = rig.store.commit
+
+        def full(batch: Batch) -> tuple[bool, ...]:
+            raise DiskFull("no space left")
+
+        rig.store.commit = full  # type: ignore[method-assign]
+        assert await rig.told("hold", J1) == [(J1, False, "waiting")]
+        for verb, more in (("pause", {}), ("resume", {}), ("drain", {"server": "a"})):
+            result = (await rig.ask(verb, **more))["result"]
+            assert not result["ok"], verb
+            assert "could not write it down" in result["what"]
+        rig.store.commit = commit  # type: ignore[method-assign]
+        await trio.sleep(10)
+        assert rig.state(J1) is State.HELD
 
 
 # --- choosing ------------------------------------------------------------------------------------
