@@ -25,6 +25,8 @@ _COMMANDS: Final = {
     "jobs": ("jobs", "list_jobs"),
     "show": ("jobs", "show"),
     "check": ("jobs", "check"),
+    **dict.fromkeys(("cancel", "retry", "hold", "release"), ("verbs", "jobs")),
+    **dict.fromkeys(("pause", "resume", "drain", "forget"), ("verbs", "servers")),
     "check-config": ("checkconfig", "main"),
     "simulate": ("simulate", "main"),
 }

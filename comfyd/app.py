@@ -44,6 +44,7 @@ from comfyd.services.supervisor import supervise
 from comfyd.services.teller import Teller
 from comfyd.services.workshop import OrderFailed, Workshop
 from comfyd.spool import delivery
+from comfyd.spool.again import claim_again
 from comfyd.spool.intake import Intake
 from comfyd.spool.layout import Spool, job_of
 from comfyd.spool.watcher import watch
@@ -51,6 +52,7 @@ from comfyd.web import control, serve, site
 from comfyd.web.api import Reads
 from comfyd.web.desk import Desk
 from comfyd.web.exporter import Readiness
+from comfyd.web.wishes import Wishes
 
 # Files stay in new/ while so many jobs are at hand besides the queue: memory stays bounded.
 ACTIVE_MAX: Final = 1024
@@ -231,7 +233,25 @@ async def _run(
                 else space.waiting
             ),
         )
+        intake = Intake(
+            spool,
+            settle_s=config.watch.settle_s,
+            max_file_bytes=config.jobs.max_file_bytes,
+            max_attempts=config.jobs.max_attempts,
+            next_seq=count(await journal.last_seq() + 1).__next__,
+            now_s=clock.now_s,
+            known=lambda job: trio.from_thread.run(journal.get, job) is not None,
+        )
         desk = Desk(journal, engine, inbox, dispatcher, overview)
+        wishes = Wishes(
+            journal,
+            engine,
+            inbox,
+            dispatcher,
+            again=partial(
+                claim_again, intake, max_file_bytes=config.jobs.max_file_bytes, now_s=clock.now_s
+            ),
+        )
         watched = trio.Event()
         listen = config.metrics.listen
         pages = site.build(
@@ -244,24 +264,17 @@ async def _run(
         host, port = await nursery.start(
             partial(serve.serve, pages, listen.host, listen.port, stop=trio.Event())
         )
-        await nursery.start(control.serve_control, config.state / "control.sock", desk.verbs())
+        # Listed before the watcher starts, and before anybody can ask for a retry: what those claim
+        # gets its row from there.
+        left = await trio.to_thread.run_sync(lambda: sorted(os.listdir(spool.claimed)))
+        verbs = {**desk.verbs(), **wishes.verbs()}
+        await nursery.start(control.serve_control, config.state / "control.sock", verbs)
         for link in links.values():
             for task, body in link.tasks():
                 nursery.start_soon(partial(supervise, task, body, on_restart=metrics.task_restart))
         nursery.start_soon(space.run)
         nursery.start_soon(auditor.run)
         nursery.start_soon(dispatcher.run)
-        intake = Intake(
-            spool,
-            settle_s=config.watch.settle_s,
-            max_file_bytes=config.jobs.max_file_bytes,
-            max_attempts=config.jobs.max_attempts,
-            next_seq=count(await journal.last_seq() + 1).__next__,
-            now_s=clock.now_s,
-            known=lambda job: trio.from_thread.run(journal.get, job) is not None,
-        )
-        # Listed before the watcher starts: what that claims gets its row from there.
-        left = await trio.to_thread.run_sync(lambda: sorted(os.listdir(spool.claimed)))
         nursery.start_soon(_adopt, left, journal, intake, inbox)
         await nursery.start(
             partial(

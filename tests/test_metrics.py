@@ -86,6 +86,7 @@ DURATIONS = {"wait": 1.0, "queue": 2.0, "run": 3.0, "collect": 0.5, "total": 6.5
 # One note of each kind, as the core emits them.
 NOTES: dict[str, Note] = {
     "claimed": Note("claimed", J, None, {"payload": "a.json", "invalid": True}),
+    "retried": Note("retried", J, None, {"new": "b"}),
     "moved": Note("moved", J, "a", {"state": "submitted"}),
     "accepted": Note("accepted", J, "a", {"number": 3.0}),
     "charged": Note("charged", J, "a", {"charged": 1, "reason": "stalled"}),
@@ -198,6 +199,7 @@ def test_every_kind_of_note_has_its_example_here():
     ("kind", "expected"),
     [
         ("claimed", {("comfyd_spool_rejected_total", "invalid_job"): 1}),
+        ("retried", {}),
         ("moved", {}),
         ("accepted", {}),
         ("signal", {}),

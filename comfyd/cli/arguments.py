@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from comfyd import __version__
+from comfyd.core import wishes
 from comfyd.errors import UsageError
 
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -17,6 +18,92 @@ _EPILOG: Final = """\
 exit codes: 0 ok, 1 a job failed or is not known, 64 usage, 65 bad job file, 69 daemon not
 reachable, 70 internal error, 73 another daemon owns the spool, 78 configuration
 """
+
+_CHOSEN: Final = """
+Name jobs, or choose them with --state, --match or both. One line a job on stdout says what really
+happened; with --json it is one JSON object a line, with "ok" and a word in "outcome".
+exit codes: 0 all ended as asked, 1 some did not, 64 usage, 69 no daemon is running
+"""
+
+# verb, what it does, and how
+_JOB_VERBS: Final = (
+    (
+        "cancel",
+        "cancel jobs, wherever they are",
+        """\
+A job that waits goes to failed/ at once, with state and reason cancelled. A prompt on a server is
+deleted from its queue, or interrupted by its id (never by interrupting whatever runs), and the job
+is cancelled when the server's own queue and history confirm that it is gone. That may take longer
+than the 25 s that are waited here; it goes on by itself. A success that came first stands: the job
+is done. What has ended already and is being delivered comes too late to be cancelled.
+"""
+        + _CHOSEN,
+    ),
+    (
+        "retry",
+        "make new jobs of jobs that have ended",
+        """\
+The new job has an id of its own, is made of what was submitted, as it lies in done/ or failed/, and
+takes over the key and the random numbers that were drawn. If the folder was taken away from there,
+submit the file again. --match alone chooses what failed or was cancelled; what was retried already
+is chosen neither by --match nor by --state, only by its name.
+"""
+        + _CHOSEN,
+    ),
+    (
+        "hold",
+        "keep queued jobs from being sent, until they are released",
+        "A job that was sent already is not held any more; cancel it.\n" + _CHOSEN,
+    ),
+    (
+        "release",
+        "let held jobs go on",
+        """\
+Also a job that the daemon itself holds, since it crashed three times with it at hand: comfyd show
+says so.
+"""
+        + _CHOSEN,
+    ),
+)
+
+_CONFIRMED: Final = """
+What is said is how it is afterwards. It survives a restart of the daemon.
+exit codes: 0 it is as asked, 1 it is not, 64 usage, 69 no daemon is running
+"""
+
+# verb, what it does, how, and whether it takes a server
+_SERVER_VERBS: Final = (
+    (
+        "pause",
+        "stop the intake: files stay in new/",
+        "Jobs that were taken already go on; hold keeps those that are queued.\n" + _CONFIRMED,
+        None,
+    ),
+    (
+        "resume",
+        "let the intake go on, or a server that was drained or is wedged",
+        "Without SERVER the intake, with SERVER that server and nothing else.\n" + _CONFIRMED,
+        "?",
+    ),
+    (
+        "drain",
+        "send nothing more to a server, and let it finish what it has",
+        "comfyd status shows when nothing is left there. comfyd resume SERVER undoes it.\n"
+        + _CONFIRMED,
+        1,
+    ),
+    (
+        "forget",
+        "give up on a server that is gone",
+        """\
+What was sent there is written off at once instead of after audit.abandon_after, and made elsewhere.
+Should the server come back after all, what is left there is ended before anything new is sent. One
+that answers is not forgotten: its prompts are alive; drain it.
+"""
+        + _CONFIRMED,
+        1,
+    ),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,9 +148,16 @@ def build_parser() -> Parser:
     _add_config(parser, default=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
-    def command(name: str, about: str, *, json: bool = False) -> argparse.ArgumentParser:
+    def command(
+        name: str, about: str, *, json: bool = False, told: str = ""
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
-            name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=told,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         # Left out, it must not undo what stood before the command.
         _add_config(added, default=argparse.SUPPRESS)
@@ -89,11 +183,35 @@ def build_parser() -> Parser:
     check = command("check", "audit one job now, and finish it if its end was missed", json=True)
     check.add_argument("job", metavar="JOB_OR_PROMPT_ID")
 
+    for verb, about, told in _JOB_VERBS:
+        _choice(command(verb, about, json=True, told=told), verb)
+    for verb, about, told, server in _SERVER_VERBS:
+        named = command(verb, about, json=True, told=told)
+        if server:
+            named.add_argument("server", nargs=server, metavar="SERVER", help="its name")
+
     config = command("check-config", "check a configuration file", json=True)
     config.add_argument("file", nargs="?", type=Path, metavar="FILE")
 
     _simulate(command("simulate", "serve a simulated ComfyUI on the loopback address"))
     return parser
+
+
+def _choice(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Which jobs: named, or chosen by state and name."""
+    states = wishes.ALLOWED[verb]
+    parser.add_argument(
+        "jobs", nargs="*", metavar="JOB", help="job id or its beginning, or a prompt id"
+    )
+    parser.add_argument(
+        "--state", choices=states, metavar="S", help=f"all jobs that are S: {', '.join(states)}"
+    )
+    default = ", ".join(wishes.CONCERNED[verb])
+    parser.add_argument(
+        "--match",
+        metavar="GLOB",
+        help=f"all jobs whose id fits GLOB (* ? [...]); without --state those that are {default}",
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser, *, default: Any) -> None:

@@ -33,7 +33,7 @@ _WORDS: Final = {
     "down": "does not answer",
     "deaf": "works, but sends no events: it is polled",
     "wedged": "answers, but prompts do not move: nothing more is sent",
-    "draining": "finishes what it has, gets nothing more",
+    "draining": "gets nothing more",
 }
 
 
@@ -101,7 +101,7 @@ def parts(status: dict[str, Any]) -> list[str | Table]:
     if stale:
         made.append(f"stale: {counted(stale, 'job')} silent for too long")
     if status["paused"]:
-        made.append("intake is paused")
+        made.append("intake is paused: files stay in new/ until comfyd resume")
     if status["waiting"]:
         made.append(status["waiting"])
     at_hand = status["at_hand"]

@@ -301,6 +301,12 @@ class Engine:
         """Jobs at hand that are not just waiting in the queue."""
         return len(self.jobs) - self._queued
 
+    def sent_to(self) -> Counter[ServerName]:
+        """Prompts of ours that may be on servers, by name: of those too that are configured no
+        more, or at another URL now."""
+        rows = (job.row for job in self.jobs.values())
+        return Counter(row.server for row in rows if row.state.in_flight and row.server)
+
     def stale(self, server: ServerName, *, now_s: float) -> int:
         """Prompts on *server* that have been silent for longer than ``stale_after``."""
         return sum(
@@ -417,9 +423,10 @@ class Engine:
                 self._remove(job_id)
             elif row.retired or row.state is State.HELD:
                 self._remove(job_id)
-        if self._queued > LOOK_AHEAD:
-            queue = sorted(entry for entry in self._queue if self._is_queued(entry))
-            self._more = True
+        # The heap keeps entries of jobs that were held or cancelled until it is made anew.
+        if self._queued > LOOK_AHEAD or len(self._queue) > 2 * LOOK_AHEAD:
+            queue = sorted({entry for entry in self._queue if self._is_queued(entry)})
+            self._more |= len(queue) > LOOK_AHEAD
             for _, _, job_id in queue[LOOK_AHEAD:]:
                 self._remove(job_id)
             self._queue = queue[:LOOK_AHEAD]
@@ -461,9 +468,11 @@ class Engine:
         self._pending.dirty[row.job] = None
         self._pending.urgent = True
         invalid = row.outcome is not None
-        self._pending.notes.append(
-            Note("claimed", row.job, None, {"payload": row.payload, "invalid": invalid})
-        )
+        reason = row.outcome.reason.value if row.outcome and row.outcome.reason else ""
+        told = {"payload": row.payload, "invalid": invalid, "reason": reason}
+        self._pending.notes.append(Note("claimed", row.job, None, told))
+        if row.retry_of is not None:
+            self._pending.notes.append(Note("retried", row.retry_of, None, {"new": row.job}))
 
     def _candidates(self, fact: Candidates, now_s: float, u: float) -> None:
         self._refilling = False
@@ -487,10 +496,11 @@ class Engine:
             if row is None or (row.retired and row.job not in self.jobs):
                 self._drop("unknown_job" if row is None else "no_effect")
                 continue
+            asleep = row.job not in self.jobs
             self._step(self._awake(row, now_s, u), purpose, now_s, u)
-            still_held = self.jobs[row.job].row.state is State.HELD
-            if still_held and row.job not in self._pending.dirty:
-                self._remove(row.job)
+            if asleep and row.job not in self._pending.dirty:
+                self._remove(row.job)  # it had no effect: the journal is where it belongs
+                self._more = True
 
     def _overdue(self, fact: Overdue, now_s: float, u: float) -> None:
         """Queued rows whose time to start has run out."""

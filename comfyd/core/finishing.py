@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import msgspec
@@ -21,6 +22,7 @@ from comfyd.core.job import (
     Ask,
     Context,
     Doubted,
+    GivenUp,
     Job,
     Step,
     durations_s,
@@ -90,6 +92,11 @@ def at_once(job: Job, fact: Doubted, ctx: Context) -> Step:
     if job.live.order is not None:
         return Step(job, urgent=False)
     return replace(issue(job, job.live.look), urgent=False)
+
+
+def given_up_on(job: Job, fact: GivenUp, ctx: Context) -> Step:
+    """Its server is gone, a person says: the next try that fails is the last one."""
+    return replace(issue(with_live(job, unsure_s=-math.inf), Ask.COLLECT), urgent=False)
 
 
 def _bare(row: Row) -> Record | None:

@@ -145,7 +145,7 @@ TABLE: Final[Mapping[tuple[State, type], Rule]] = MappingProxyType(
         (_S.COLLECTING, CollectFailed): finishing.collect_failed,
         (_S.COLLECTING, Due): submitted.look,
         (_S.COLLECTING, Doubted): finishing.at_once,
-        (_S.COLLECTING, GivenUp): submitted.given_up_on,
+        (_S.COLLECTING, GivenUp): finishing.given_up_on,
         (_S.PUBLISHING, Published): finishing.published,
         (_S.PUBLISHING, PublishConflict): finishing.publish_conflict,
         (_S.PUBLISHING, PublishDelayed): finishing.publish_delayed,

@@ -9,6 +9,7 @@ from comfyd.core.model import JobId
 
 Kind = Literal[
     "claimed",  # a job was taken in
+    "retried",  # new: the job that was made of it
     "moved",  # state: its new state
     "accepted",  # number
     "signal",  # sign: a hint that changed something

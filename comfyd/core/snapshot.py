@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from comfyd.core.present import bare_url, rfc3339
+from comfyd.core.server import Server
 from comfyd.core.wire.stats import Device
+from comfyd.core.wishes import draining_words
 
 JOBS_MAX: Final = 200
 """Jobs in one snapshot at most: more than 12 full windows, and a page is still readable."""
@@ -22,6 +24,24 @@ class ServerState(enum.Enum):
     DRAINING = "draining"  # a person asked to let it finish
     DEAF = "deaf"  # it works, but sends no events: it is polled
     UP = "up"
+
+
+def state_of(server: Server, *, trouble: str, down: str, in_flight: int) -> tuple[ServerState, str]:
+    """The word for *server*, and why it is not up, as a sentence.
+
+    Args:
+      trouble: Why it is wedged; "" if it is not.
+      down: Why its last health probe failed; "" if nobody knows.
+      in_flight: Prompts of ours that may be there.
+
+    """
+    if not server.up or server.refusal:
+        return ServerState.DOWN, down
+    if trouble:
+        return ServerState.WEDGED, trouble
+    if server.draining:
+        return ServerState.DRAINING, draining_words(in_flight)
+    return (ServerState.DEAF if server.stalled else ServerState.UP), ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

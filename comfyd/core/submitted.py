@@ -41,7 +41,6 @@ from comfyd.core.model import (
     State,
 )
 from comfyd.core.moves import (
-    ON_ENTRY,
     charge_to,
     collect_as,
     dropped,
@@ -389,10 +388,12 @@ def recalled(job: Job, fact: Recalled, ctx: Context) -> Step:
 
 
 def given_up_on(job: Job, fact: GivenUp, ctx: Context) -> Step:
-    """Its server is gone, a person says: the next look that is not certain is the last one."""
-    job = with_live(job, unsure_s=-math.inf)
-    ask = ON_ENTRY.get(job.row.state, Ask.PROBE)
-    return replace(issue(job, Ask.PROBE if ask is Ask.SUBMIT else ask), urgent=False)
+    """Its server is gone, a person says: whatever is still to be heard from it comes too late."""
+    job = with_live(job, order=None, want=None, seq=job.live.seq + 1)
+    if job.row.state is not State.STOPPING:
+        return abandon(job, ctx)
+    lost = noted(job, "lost", cause="abandoned", charged=0)
+    return settled(job, ctx, lost, abandoned=given_up(job.row))
 
 
 def late_success(job: Job, fact: LateSuccess, ctx: Context) -> Step:

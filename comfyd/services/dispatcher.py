@@ -68,6 +68,7 @@ class Dispatcher:
         self._lazy_since_s = math.inf
         self.waits_for_space = False
         self._settled = trio.Event()
+        self._settled_to = 0
 
     async def run(self) -> NoReturn:
         """Drive the engine for ever.
@@ -89,11 +90,19 @@ class Dispatcher:
         for fact in facts:
             self._engine.handle(fact, now_s=now_s, u=self._draw())
 
-    async def settled(self) -> None:
-        """Until the next batch of facts has been dealt with."""
-        if self._settled.is_set():
-            self._settled = trio.Event()
-        await self._settled.wait()
+    async def settled(self, number: int | None = None) -> None:
+        """Until the next batch of facts has been dealt with: committed, and its orders given.
+
+        Args:
+          number: Of a fact (`Inbox.leave`): until that one has been dealt with, if it is not yet.
+
+        """
+        while number is None or self._settled_to < number:
+            if self._settled.is_set():
+                self._settled = trio.Event()
+            await self._settled.wait()
+            if number is None:
+                return
 
     async def _settle(self) -> None:
         """Commit what came of the facts, then release it."""
@@ -118,6 +127,7 @@ class Dispatcher:
                 await self._commit()  # or it could answer with what is no longer so
             # Read here and now, so that what is read cannot be older than what is in memory.
             self._handle([await self._read(order) for order in reads])
+        self._settled_to = self._inbox.taken
         self._settled.set()
         self._on_deadline(self._engine.next_deadline_s())
 

@@ -40,6 +40,8 @@ class Inbox:
         self._claims: deque[Claimed] = deque()
         self._mail = trio.Event()
         self._room = trio.Event()
+        self._left = 0  # facts that were ever left by `put`
+        self.taken = 0  # of those, how many were taken
 
     def put(self, fact: Fact) -> None:
         """Leave an answer, a person's wish, or news."""
@@ -47,7 +49,18 @@ class Inbox:
             self._latest[type(fact), fact.server] = fact
         else:
             self._facts.append(fact)
+            self._left += 1
         self._mail.set()
+
+    def leave(self, fact: Fact) -> int:
+        """As `put`, for who waits for what comes of it.
+
+        Returns:
+          The number of the last fact left so far, for ``Dispatcher.settled``.
+
+        """
+        self.put(fact)
+        return self._left
 
     def hint(self, hint: Hint) -> bool:
         """Leave a hint. False if the prompt is not ours: it was dropped."""
@@ -79,6 +92,7 @@ class Inbox:
         taken: list[Fact] = []
         while self._facts and len(taken) < BATCH:
             taken.append(self._facts.popleft())
+        self.taken += len(taken)
         for prompt_id in list(self._hints)[: BATCH - len(taken)]:
             taken.append(self._hints.pop(prompt_id))
         # After the hints: an empty queue is only a reason to doubt what has not ended by now.

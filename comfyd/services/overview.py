@@ -16,7 +16,7 @@ from comfyd.core.job import Job, is_stale
 from comfyd.core.model import ServerName, State
 from comfyd.core.present import shown_counts, shown_state
 from comfyd.core.server import Server as EngineServer
-from comfyd.core.snapshot import JOBS_MAX, JobView, ServerState, ServerView, Snapshot
+from comfyd.core.snapshot import JOBS_MAX, JobView, ServerView, Snapshot, state_of
 from comfyd.core.wire.stats import SystemStats
 from comfyd.journal.thread import Journal
 from comfyd.services.clock import Clock
@@ -105,23 +105,21 @@ class Overview:
     def _server(self, server: EngineServer, at: float) -> ServerView:
         watched = self._watched[server.name]
         stats = watched.stats()
-        usable = bool(server.up) and not server.refusal
-        trouble = self._engine.trouble(server.name)
-        state = ServerState.DOWN
-        if usable:
-            state = ServerState.DEAF if server.stalled else ServerState.UP
-            if server.draining:
-                state = ServerState.DRAINING
-            if trouble:
-                state = ServerState.WEDGED
+        in_flight = len(self._engine.on_server[server.name])
+        state, reason = state_of(
+            server,
+            trouble=self._engine.trouble(server.name),
+            down=watched.reason(),
+            in_flight=in_flight,
+        )
         return ServerView(
             name=server.name,
             url=watched.url,
             state=state,
-            reason=trouble if usable else watched.reason(),
+            reason=reason,
             tracker=watched.tracker(),
             connected=server.client_id is not None,
-            in_flight=len(self._engine.on_server[server.name]),
+            in_flight=in_flight,
             window=server.room(self._engine.policy),
             queue_remaining=server.remaining if stats is not None else None,
             stale=self._engine.stale(server.name, now_s=at),

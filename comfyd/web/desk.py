@@ -1,4 +1,4 @@
-"""The desk: answers people's questions and takes their wishes, for pages and the control socket."""
+"""The desk: answers people's questions, for pages and the control socket."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import trio
 from comfyd.core.engine import Engine
 from comfyd.core.facts import CheckAsked
 from comfyd.core.model import JobId, Row, State
-from comfyd.core.present import SHOWN_STATES, job_story, job_summary, journal_state, shown_state
+from comfyd.core.present import job_story, job_summary, journal_state, shown_state
 from comfyd.errors import UsageError
 from comfyd.journal.store import Event
 from comfyd.journal.thread import Journal
 from comfyd.services.dispatcher import Dispatcher
 from comfyd.services.inbox import Inbox
 from comfyd.services.overview import Overview
+from comfyd.web import asked
 
 Verb = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -65,13 +66,10 @@ class Desk:
         return {"status": (await self._overview.snapshot()).to_dict()}
 
     async def _jobs(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        shown, limit, after = request.get("state"), request.get("limit"), request.get("after")
-        if shown is not None and shown not in SHOWN_STATES:
-            raise UsageError(f"there is no state {shown!r}; there are {', '.join(SHOWN_STATES)}")
+        shown, after, limit = asked.state_in(request), asked.after_in(request), request.get("limit")
         state = None if shown is None else journal_state(shown)
         count = LIMIT_DEFAULT if not isinstance(limit, int) else max(1, min(limit, LIMIT_MAX))
-        older = after if isinstance(after, int) else None
-        rows = await self._journal.rows(state, limit=count, after=older)
+        rows = await self._journal.rows(state, limit=count, after=after)
         return {"jobs": [job_summary(row) for row in rows if shown in (None, shown_state(row))]}
 
     async def _show(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,9 +83,9 @@ class Desk:
         job = self._engine.jobs.get(row.job)
         if job is not None and job.row.state.in_flight:
             self._inbox.put(CheckAsked(job=row.job))
-            asked = job.live.seq
+            last = job.live.seq
             with trio.move_on_after(CHECK_S):
-                while self._is_looking(row.job, asked):
+                while self._is_looking(row.job, last):
                     await self._dispatcher.settled()
         row = await self._journal.get(row.job) or row
         events = await self._journal.events(row.job)
@@ -102,23 +100,17 @@ class Desk:
             }
         }
 
-    def _is_looking(self, job_id: JobId, asked: int) -> bool:
-        """Whether a look ordered after *asked*, or what it led to, is still under way."""
+    def _is_looking(self, job_id: JobId, last: int) -> bool:
+        """Whether a look ordered after the order *last*, or what it led to, is still under way."""
         job = self._engine.jobs.get(job_id)
         if job is None or job.row.retired:
             return False
         if job.row.state.in_flight:
-            return job.live.seq == asked or job.live.order is not None
+            return job.live.seq == last or job.live.order is not None
         return not job.row.state.final and job.row.state not in {State.QUEUED, State.HELD}
 
     async def _found(self, request: Mapping[str, Any]) -> Row:
         text = request.get("job")
         if not isinstance(text, str) or not text:
             raise UsageError("say which job: its id, the beginning of it, or a prompt id")
-        rows = await self._journal.find(text)
-        if not rows:
-            raise UsageError(f"no job is known as {text!r}")
-        if len(rows) > 1:
-            names = ", ".join(row.job for row in rows[:5])
-            raise UsageError(f"{text!r} may mean {len(rows)} jobs: {names}; say which")
-        return rows[0]
+        return await asked.found(self._journal, text)

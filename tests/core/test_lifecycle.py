@@ -569,7 +569,7 @@ def test_lost_outputs_are_made_again_and_charged_until_there_are_no_attempts_lef
     assert life.job.row.outcome is not None
     assert life.job.row.outcome.reason is reason
     assert life.job.row.record is not None
-    assert life.job.row.record.files == ()
+    assert life.job.row.record.files == (IMAGE,)  # what can be had is put beside the error
     assert life.finish().job.row.state is State.FAILED
 
 

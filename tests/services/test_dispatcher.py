@@ -200,6 +200,39 @@ async def test_the_story_is_committed_with_the_rows(autojump_clock: MockClock) -
         assert rig.disk.events(J)[0].at == pytest.approx(WALL_S, abs=1)
 
 
+async def test_who_left_a_fact_waits_until_that_one_has_been_dealt_with(
+    autojump_clock: MockClock,
+) -> None:
+    async with running() as rig:
+        await trio.sleep(0.1)
+        claims = rig.claim(*(f"j{i}" for i in range(2 * BATCH + 1)))
+        for claim in claims[:-1]:
+            rig.inbox.put(claim)
+        number = rig.inbox.leave(claims[-1])
+        await rig.dispatcher.settled()
+        assert rig.disk.get(claims[-1].row.job) is None  # only the next batch was waited for
+        await rig.dispatcher.settled(number)
+        assert rig.disk.get(claims[-1].row.job) == claims[-1].row
+        with trio.fail_after(1):
+            await rig.dispatcher.settled(number)  # at once
+        with trio.move_on_after(60) as waited:
+            await rig.dispatcher.settled(number + 1000)
+        assert waited.cancelled_caught
+
+
+async def test_a_fact_that_a_full_disk_keeps_from_the_journal_has_not_been_dealt_with(
+    autojump_clock: MockClock,
+) -> None:
+    async with running() as rig:
+        await trio.sleep(0.1)
+        rig.disk.full = 3
+        (claim,) = rig.claim("fox")
+        began_s = trio.current_time()
+        await rig.dispatcher.settled(rig.inbox.leave(claim))
+        assert trio.current_time() - began_s == pytest.approx(6)
+        assert rig.disk.get(J) == claim.row
+
+
 # --- the inbox -----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,90 @@
+"""The commands that change something: cancel, retry, hold, release; pause, resume, drain, forget.
+
+The running daemon does it, and says what really happened; here it is asked in portions, so that no
+request is long and what happened to a hundred thousand jobs is told as it happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, Final
+
+from comfyd.cli.exits import Exit, Unreachable
+from comfyd.cli.place import configured
+from comfyd.cli.reading import ANSWER_S, ask_daemon
+from comfyd.cli.screen import counted, put, put_json, say
+from comfyd.config import Config
+from comfyd.errors import UsageError
+from comfyd.web.control_client import DaemonUnreachable
+
+WISH_S: Final = 60.0  # the daemon itself waits 25 s for a prompt to be seen gone
+PORTION: Final = 100  # jobs in one request: a line every second or so
+
+
+def jobs(args: argparse.Namespace) -> int:
+    """``comfyd cancel``, ``retry``, ``hold`` and ``release``."""
+    chosen = args.state is not None or args.match is not None
+    if bool(args.jobs) == chosen:
+        problem = "name jobs or choose them with --state or --match, not both"
+        raise UsageError(problem if chosen else f"say which jobs: {problem}")
+    config, _ = configured(args)
+    request = {"verb": args.command, "state": args.state}
+    outcomes: Counter[str] = Counter()
+    good = True
+    try:
+        for portion in _chosen(config, args) if chosen else _portions(iter(args.jobs)):
+            for result in _ask(config, {**request, "jobs": portion}, WISH_S)["results"]:
+                outcomes[result["outcome"]] += 1
+                good &= result["ok"]
+                put_json(result) if args.json else put(f"{result['job']}  {result['what']}")
+    finally:  # also when Ctrl-C ends it
+        if outcomes.total() > 1:
+            told = [f"{count} {word.replace('_', ' ')}" for word, count in outcomes.items()]
+            say(f"comfyd: {counted(outcomes.total(), 'job')}: {', '.join(told)}")
+    if not outcomes:
+        say(f"comfyd: no job to {args.command} was found")
+    return Exit.OK if good else Exit.FAILED
+
+
+def servers(args: argparse.Namespace) -> int:
+    """``comfyd pause``, ``resume``, ``drain`` and ``forget``."""
+    config, _ = configured(args)
+    name = getattr(args, "server", None)
+    name = name[0] if isinstance(name, list) else name
+    result = _ask(config, {"verb": args.command, "server": name}, WISH_S)["result"]
+    if args.json:
+        put_json(result)
+    elif result["ok"]:
+        put(result["what"])
+    else:
+        say(f"comfyd: {result['what']}")
+    return Exit.OK if result["ok"] else Exit.FAILED
+
+
+def _chosen(config: Config, args: argparse.Namespace) -> Iterator[list[str]]:
+    """Portions of the jobs that --state and --match choose, newest first: the last in line are not
+    being sent while we are on our way to them."""
+    request = {"verb": "select", "for": args.command, "state": args.state, "match": args.match}
+    after = None
+    while True:
+        page = _ask(config, {**request, "after": after}, ANSWER_S)
+        yield from _portions(iter(page["jobs"]))
+        after = page["after"]
+        if after is None:
+            return
+
+
+def _portions(texts: Iterator[str]) -> Iterator[list[str]]:
+    while portion := list(islice(texts, PORTION)):
+        yield portion
+
+
+def _ask(config: Config, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    try:
+        return ask_daemon(config, request, timeout_s)
+    except DaemonUnreachable as error:
+        hint = "" if error.sent else f" To {request['verb']} needs the running daemon."
+        raise Unreachable(f"{error}{hint}") from None
