@@ -11,11 +11,13 @@ import trio
 
 from comfyd.core.engine import Batch as EngineBatch
 from comfyd.core.engine import Change, Engine
-from comfyd.core.facts import Fact, Tick
+from comfyd.core.facts import Claimed, Fact, Tick
+from comfyd.core.keys import Absorbed, judge
+from comfyd.core.model import Row
 from comfyd.core.notes import Note
 from comfyd.core.orders import JobOrder, Refill
 from comfyd.errors import DiskFull, JournalError
-from comfyd.journal.store import Batch, Event, Insert, Update
+from comfyd.journal.store import Alias, Batch, Event, Insert, Update
 from comfyd.journal.thread import Journal
 from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
@@ -32,6 +34,7 @@ class Dispatcher:
       perform: Starts carrying out an order, without blocking; its answer comes by the inbox.
       observe: Is told every note once what it tells of is committed.
       on_deadline: Is told when the engine next wants a Tick (the clock's seconds; inf for never).
+      on_absorbed: Is told of each drop that is another job, once that is committed: it may go.
 
     Cancellation of `run`: while it waits for facts or for space on the disk. A commit is never
     cut short, and what was not committed was not acted on.
@@ -48,6 +51,7 @@ class Dispatcher:
         perform: Callable[[JobOrder], None],
         observe: Callable[[Iterable[Note]], None],
         on_deadline: Callable[[float], None],
+        on_absorbed: Callable[[Absorbed], None],
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._engine = engine
@@ -57,8 +61,10 @@ class Dispatcher:
         self._perform = perform
         self._observe = observe
         self._on_deadline = on_deadline
+        self._on_absorbed = on_absorbed
         self._draw = draw
         self._waiting = EngineBatch()  # changes that ride with the next commit
+        self._absorbed: list[Absorbed] = []  # the next commit makes them aliases
         self._lazy_since_s = math.inf
         self.waits_for_space = False
         self._settled = trio.Event()
@@ -75,13 +81,31 @@ class Dispatcher:
         while True:
             with trio.move_on_at(self._clock.trio_s(self._lazy_since_s + LAZY_S)):
                 await self._inbox.wait()
-            self._handle(self._inbox.take())
+            self._handle(await self._judged(self._inbox.take()))
             await self._settle()
 
     def _handle(self, facts: list[Fact]) -> None:
         now_s = self._clock.now_s()
         for fact in facts:
             self._engine.handle(fact, now_s=now_s, u=self._draw())
+
+    async def _judged(self, facts: list[Fact]) -> list[Fact]:
+        """*facts* without the claims that are other jobs by their keys: those become aliases."""
+        holders: dict[str, Row] = {}  # of this batch, not committed yet
+        kept: list[Fact] = []
+        for fact in facts:
+            if isinstance(fact, Claimed) and fact.row.key is not None:
+                key = fact.row.key
+                with trio.CancelScope(shield=True):  # what was taken from the inbox is not lost
+                    verdict = judge(fact.row, holders.get(key) or await self._journal.keyed(key))
+                if isinstance(verdict, Absorbed):
+                    self._absorbed.append(verdict)
+                    continue
+                if verdict.key is not None:
+                    holders[key] = verdict
+                fact = Claimed(row=verdict)
+            kept.append(fact)
+        return kept
 
     async def settled(self) -> None:
         """Until the next batch of facts has been dealt with."""
@@ -95,7 +119,7 @@ class Dispatcher:
             now_s = self._clock.now_s()
             batch = self._engine.take(now_s=now_s, u=self._draw())
             self._waiting = _joined(self._waiting, batch)
-            if batch.urgent or now_s >= self._lazy_since_s + LAZY_S:
+            if batch.urgent or self._absorbed or now_s >= self._lazy_since_s + LAZY_S:
                 await self._commit()
             elif self._waiting.changes or self._waiting.notes:
                 self._lazy_since_s = min(self._lazy_since_s, now_s)
@@ -116,20 +140,28 @@ class Dispatcher:
 
     async def flush(self) -> None:
         """Commit what waits for company; for the very end."""
+        self._absorbed.clear()  # nobody is left to clear them away: the next start finds them
         await self._commit()
 
     async def _commit(self) -> None:
         batch, self._waiting = self._waiting, EngineBatch()
+        absorbed, self._absorbed = self._absorbed, []
         self._lazy_since_s = math.inf
-        if not batch.changes and not batch.notes:
+        if not batch.changes and not batch.notes and not absorbed:
             return
         at_s = self._clock.now_s()
         stored = Batch(
-            changes=tuple(_stored(change) for change in batch.changes),
-            events=tuple(
-                Event(job=note.job, at=at_s, kind=note.kind, data=_told(note))
-                for note in batch.notes
-                if note.story and note.job is not None
+            changes=(
+                *(_stored(change) for change in batch.changes),
+                *(Alias(name=each.row.job, job=each.into) for each in absorbed),
+            ),
+            events=(
+                *(_story(each, at_s) for each in absorbed),
+                *(
+                    Event(job=note.job, at=at_s, kind=note.kind, data=_told(note))
+                    for note in batch.notes
+                    if note.story and note.job is not None
+                ),
             ),
         )
         while True:
@@ -141,9 +173,12 @@ class Dispatcher:
                 continue
             break
         self.waits_for_space = False
-        if not all(results):
-            lost = [c.row.job for c, ok in zip(batch.changes, results, strict=True) if not ok]
+        # An alias that does not apply was committed before a crash.
+        lost = [c.row.job for c, ok in zip(batch.changes, results, strict=False) if not ok]
+        if lost:
             raise JournalError(f"the journal refused changes of {', '.join(lost[:5])}: two owners?")
+        for each in absorbed:
+            self._on_absorbed(each)
 
 
 def _joined(first: EngineBatch, second: EngineBatch) -> EngineBatch:
@@ -154,6 +189,10 @@ def _stored(change: Change) -> Insert | Update:
     if change.expected is None:
         return Insert(row=change.row)
     return Update(row=change.row, expected=change.expected)
+
+
+def _story(absorbed: Absorbed, at_s: float) -> Event:
+    return Event(job=absorbed.into, at=at_s, kind="absorbed", data={"name": absorbed.row.job})
 
 
 def _told(note: Note) -> dict[str, object]:

@@ -12,13 +12,15 @@ import trio
 from comfyd.config import Config
 from comfyd.core import orders
 from comfyd.core.facts import Answer, Fetched, FetchResult, NotSent, Presence, Probed
-from comfyd.core.model import JobId, ServerName
+from comfyd.core.keys import Absorbed
+from comfyd.core.model import JobId, Row, ServerName
 from comfyd.errors import ServerError
 from comfyd.metrics import Metrics, reason_of
 from comfyd.services import fetcher, submitter
 from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
+from comfyd.spool.delivery import retire
 from comfyd.spool.layout import Spool
 
 # Results put together at once: downloads overlap, and the disk is not asked for more.
@@ -77,6 +79,17 @@ class Workshop:
         else:
             self._nursery.start_soon(self._carry_out, order, link)
 
+    def absorb(self, absorbed: Absorbed) -> None:
+        """Start on clearing away a drop that is another job: no row of its own will do that."""
+        self._metrics.spool_rejected("duplicate")
+        _log.info("absorbed", job=absorbed.row.job, into=absorbed.into)
+        self._nursery.start_soon(self._clear, absorbed.row)
+
+    async def _clear(self, row: Row) -> None:
+        left = await trio.to_thread.run_sync(retire, self._spool, row)
+        if left:
+            _log.warning("left_in_claimed", problem=left)
+
     async def _carry_out(self, order: orders.JobOrder, link: Link | None) -> None:
         try:
             answer = await self._answer(order, link)
@@ -110,6 +123,7 @@ class Workshop:
                         self._spool,
                         unique_prefix=self._unique_prefix,
                         on_posted=link.tracker.posted,
+                        on_retry=partial(self._retried, "upload"),
                     )
             case orders.Fetch():
                 async with self._fetches:

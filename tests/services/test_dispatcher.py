@@ -14,6 +14,7 @@ from trio.testing import MockClock
 from comfyd.core import facts, orders
 from comfyd.core.engine import Engine
 from comfyd.core.facts import Claimed, Hint, QueueSeen, Sign, Token
+from comfyd.core.keys import Absorbed
 from comfyd.core.model import JobId, PromptId, Row, ServerName, State
 from comfyd.core.notes import Note
 from comfyd.core.policy import Policy
@@ -60,6 +61,7 @@ class Rig:
         self.auditor = Auditor(self.inbox, self.clock)
         self.performed: list[tuple[float, orders.JobOrder, State]] = []
         self.notes: list[Note] = []
+        self.absorbed: list[Absorbed] = []
         self.dispatcher = Dispatcher(
             self.engine,
             self.inbox,
@@ -68,6 +70,7 @@ class Rig:
             perform=self.perform,
             observe=self.notes.extend,
             on_deadline=self.auditor.set_deadline,
+            on_absorbed=self.absorbed.append,
             draw=lambda: 0.0,
         )
 

@@ -169,7 +169,7 @@ ODD: dict[str, tuple[Callable[[Path], None], str]] = {
     "symlink": (lambda path: path.symlink_to("/etc/hostname"), "symbolic link"),
     "dangling": (lambda path: path.symlink_to("nowhere"), "symbolic link"),
     "loop": (lambda path: path.symlink_to(path), "symbolic link"),
-    "folder": (make_folder, "not bundles"),
+    "folder": (make_folder, "no job.yaml or job.json"),
     "fifo": (os.mkfifo, "no regular file"),
     "socket": (make_socket, "no regular file"),
     "hard link": (make_hard_link, "hard links"),
