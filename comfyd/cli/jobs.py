@@ -160,6 +160,8 @@ def phrase(kind: str, data: dict[str, Any]) -> str:
     match kind, data:
         case "claimed", {"payload": payload}:
             return f"claimed as {payload}" + (", no valid job" if data.get("invalid") else "")
+        case "absorbed", {"name": name}:
+            return f"submitted again as {name}: same key, same content"
         case "moved", {"state": state}:
             return f"{state}{on}"
         case "accepted", _:

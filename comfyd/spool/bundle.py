@@ -11,15 +11,25 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import stat
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from comfyd.core.model import JobId
 from comfyd.core.strictjson import quoted
 from comfyd.errors import JobFileError
-from comfyd.spool.layout import fsync_dir, full_disk_told
+from comfyd.spool.layout import (
+    ULID_BYTES,
+    Spool,
+    fsync_dir,
+    full_disk_told,
+    job_id_for,
+    new_ulid,
+)
 
 # ComfyUI takes 100 MB in one request unless told otherwise, and one file is in memory while it is
 # uploaded.
@@ -220,6 +230,34 @@ def sync_folders(folder: Path, *, mode: int, file_mode: int) -> None:
             os.chmod(os.path.join(path, name), file_mode)
         os.chmod(path, mode)
         fsync_dir(Path(path))
+
+
+def drop_bundle(spool: Spool, name: str, fill: Callable[[Path], None]) -> JobId:
+    """Submit a folder as a bundle called *name*; the id is known at once, daemon or not.
+
+    Args:
+      fill: Puts everything into the folder it is given, and syncs the files.
+
+    Raises:
+      DiskFull: Nothing was submitted.
+      OSError: There is no such spool, or we may not write there.
+
+    """
+    ulid = new_ulid(time.time(), os.urandom(ULID_BYTES))
+    job = job_id_for(f"{name}.folder", ulid, used=lambda job: True)
+    aside = spool.tmp / f".{job}.part"
+    try:
+        with full_disk_told():
+            aside.mkdir(0o700)
+            fill(aside)
+            # The daemon takes it apart in the end: with the group's right, unless it is root's.
+            sync_folders(aside, mode=0o2770, file_mode=0o640)
+            aside.rename(spool.new / job)
+            fsync_dir(spool.new)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return job
 
 
 def _read_file(found: Found, room_bytes: int, target: Path | None, *, linked: bool) -> Piece:
