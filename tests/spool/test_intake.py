@@ -162,7 +162,7 @@ def make_sparse(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     path.mkdir()
-    (path / "job.json").write_bytes(GRAPH)
+    (path / "photo.png").write_bytes(b"no job")
 
 
 ODD: dict[str, tuple[Callable[[Path], None], str]] = {
