@@ -297,14 +297,26 @@ def retire(spool: Spool, row: Row) -> str:
         path.unlink()
         return ""
     aside = path.with_name(f".{path.name}{_RETIRED}")
+    if aside.exists():
+        _cleared(aside)
     try:
-        if aside.exists():
-            shutil.rmtree(aside)
         path.rename(aside)
+    except OSError as error:  # such as when its producer took us the right to
+        left = error.strerror or str(error)
+    else:
         fsync_dir(spool.claimed)
-        shutil.rmtree(aside)
-    except PermissionError as error:  # someone changed the modes of its folders meanwhile
-        return f"claimed/{row.payload} could not be removed: {error.strerror}"
+        left = _cleared(aside)
+    return f"claimed/{row.payload} could not be removed: {left}" if left else ""
+
+
+def _cleared(folder: Path) -> str:
+    """Remove a folder that its producer may still change; why it is there still, if it is."""
+    try:
+        shutil.rmtree(folder)
+    except RecursionError:
+        return "it is nested too deeply"
+    except OSError as error:
+        return error.strerror or str(error)
     return ""
 
 
@@ -320,8 +332,7 @@ def reap(spool: Spool, active_jobs: Container[JobId]) -> list[JobId]:
     tidy(spool)
     for entry in os.listdir(spool.claimed):
         if entry.startswith(".") and entry.endswith(_RETIRED):
-            with contextlib.suppress(PermissionError):
-                shutil.rmtree(spool.claimed / entry)
+            _cleared(spool.claimed / entry)
     reaped = []
     for entry in sorted(os.listdir(spool.stage)):
         job = JobId(entry)

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -771,3 +772,22 @@ def test_leftovers_of_nobody_are_left_alone(spool: Spool) -> None:
     (spool.claimed / ".probe-1").mkdir()
     library.tidy(spool)
     assert os.listdir(spool.claimed) == [".probe-1"]
+
+
+def test_a_bundle_made_endlessly_deep_after_its_claim_is_told_and_kills_nobody(
+    spool: Spool, make_intake: MakeIntake
+) -> None:
+    make(spool.new / "x")
+    row = taken_row(make_intake(spool))
+    where, levels = spool.claimed / row.payload, 1200
+    fd = os.open(where, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("d", dir_fd=fd)
+        inner = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(fd)
+    assert "could not be removed" in delivery.retire(spool, row)
+    assert delivery.reap(spool, set()) == []
+    assert started_again(spool, make_intake).claims == []
+    subprocess.run(["rm", "-rf", *spool.claimed.iterdir()], check=True)
