@@ -114,7 +114,7 @@ def prepare(source: str, options: Options, config: Config) -> Parcel:
     taken = set(claim.beside or ())
     name = claim.name if folder is None else folder.name
     if options.change_it:
-        asked, added = _document(claim, options, taken)
+        asked, added = _document(source, claim, options, taken)
         data, document = json.dumps(asked, ensure_ascii=False, allow_nan=False).encode(), ""
         if added or folder is not None:
             document, name = "job.json", name if folder is not None else _stem(name)
@@ -197,7 +197,7 @@ def _finder(
 
 
 def _document(
-    claim: Claim, options: Options, taken: set[str]
+    source: str, claim: Claim, options: Options, taken: set[str]
 ) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
     """What *claim* asks for as a job document with *options* in it, and the files it now needs."""
     data, added = claim.document, dict[str, Path | bytes]()
@@ -208,11 +208,14 @@ def _document(
         case Kind.WORKFLOW:
             document = {"workflow": found}
         case Kind.REQUEST:
-            jobfile.load(data, claim.name, draw=lambda: 0)  # its own faults first
-            document = {"workflow": found["prompt"]}
-            if found.get("extra_data"):  # which only a request body can hold
+            request = jobfile.load(data, claim.name, draw=lambda: 0)
+            if request.extra_data:  # which only a request body can hold: it goes beside
                 name = _free(f"{_REQUEST}{extension_of(claim.name)}", taken)
                 document, added[name] = {"workflow": name}, data
+            else:
+                document = {"workflow": request.graph}
+                for warning in request.warnings:
+                    say(f"comfyd: {source}: {warning}")
     if options.values:
         document["set"] = {**_object(document, "set"), **options.values}
     if options.files:

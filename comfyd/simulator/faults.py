@@ -99,7 +99,7 @@ def _nothing(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PostFail:
-    """The status with which POST /prompt fails, and when."""
+    """The status with which a POST fails, and when."""
 
     status: int
     how_often: HowOften
@@ -153,6 +153,7 @@ SWITCHES: Final = (
         "post_delay_s",
         _duration_s,
     ),
+    Switch("upload-fail", "STATUS[:HOW-OFTEN]", "uploads fail", "upload_fail", _status),
     Switch("view-truncate", _OFTEN, "/view ends half way", "view_truncate", _how_often),
     Switch("view-wrong", _OFTEN, "/view answers 200 with HTML", "view_wrong", _how_often),
     Switch("view-missing", _OFTEN, "404 for /view", "view_missing", _how_often),
@@ -232,6 +233,7 @@ class Faults:
     post_ambiguous: HowOften | None = None
     post_hang: HowOften | None = None
     post_delay_s: float = 0.0
+    upload_fail: PostFail | None = None
     view_truncate: HowOften | None = None
     view_wrong: HowOften | None = None
     view_missing: HowOften | None = None

@@ -229,6 +229,9 @@ class Routes:
         )
 
     def _post_upload(self, request: Request) -> Response:
+        fails = self._faults.upload_fail
+        if fails is not None and self._faults.strikes(fails.how_often):
+            return Response(fails.status, b"on purpose", "text/plain; charset=utf-8")
         kind = request.headers.get("content-type", "")
         form = parse_form(kind, request.body) if kind.startswith("multipart/form-data") else {}
         image = form.get("image")

@@ -14,6 +14,7 @@ EXAMPLES = {
     "delay-": "delay-status=2s",
     "half-open": "half-open=ws",
     "post-fail": "post-fail=503:2",
+    "upload-fail": "upload-fail=413:1",
     "evict-history": "evict-history=1",
     "restart-after": "restart-after=3",
     "stalled-publisher": "stalled-publisher",
