@@ -173,12 +173,14 @@ class Dispatcher:
                 continue
             break
         self.waits_for_space = False
-        # An alias that does not apply was committed before a crash.
         lost = [c.row.job for c, ok in zip(batch.changes, results, strict=False) if not ok]
         if lost:
             raise JournalError(f"the journal refused changes of {', '.join(lost[:5])}: two owners?")
-        for each in absorbed:
-            self._on_absorbed(each)
+        for each, ok in zip(absorbed, results[len(batch.changes) :], strict=True):
+            # Not applied: committed before a crash, or its job is forgotten and the next start asks
+            # again.
+            if ok or await self._journal.find(each.row.job):
+                self._on_absorbed(each)
 
 
 def _joined(first: EngineBatch, second: EngineBatch) -> EngineBatch:

@@ -239,6 +239,18 @@ async def test_an_alias_that_is_known_already_is_no_error(autojump_clock: MockCl
         assert [each.row.job for each in rig.absorbed] == ["fox2", "fox2"]
 
 
+async def test_what_a_forgotten_job_was_to_absorb_is_not_cleared_away(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running() as rig:
+        ghost = keyed(1, "ghost").row
+        monkeypatch.setattr(rig.disk, "keyed", lambda key: ghost)
+        await rig.inbox.claim([keyed(2, "fox2")])
+        await trio.sleep(0.1)
+        assert rig.disk.batches
+        assert rig.absorbed == []
+
+
 async def test_absorbed_is_told_only_after_the_commit(autojump_clock: MockClock) -> None:
     async with running() as rig:
         rig.ready()

@@ -791,3 +791,28 @@ def test_a_bundle_made_endlessly_deep_after_its_claim_is_told_and_kills_nobody(
     assert delivery.reap(spool, set()) == []
     assert started_again(spool, make_intake).claims == []
     subprocess.run(["rm", "-rf", *spool.claimed.iterdir()], check=True)
+
+
+def test_without_space_for_a_workflow_only_the_job_that_names_it_waits(
+    spool: Spool, make_intake: MakeIntake, workflows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intake = make_intake(spool, workflows=workflows)
+    (spool.new / "a.json").write_bytes(NAMING)
+    (spool.new / "b.json").write_bytes(GRAPH)
+
+    def mkdir(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", mkdir)
+        assert [claim.row.job[0] for claim in take(intake).claims] == ["b"]
+        with pytest.raises(DiskFull):
+            take(intake)
+        (name,) = os.listdir(spool.new)
+        assert name.startswith("a.")
+        os.rename(spool.new / name, spool.claimed / name)
+        with pytest.raises(DiskFull):
+            intake.adopt([name])
+    (claim,) = intake.adopt([name]).claims
+    assert claim.row.state is State.QUEUED
+    assert claim.row.job == job_of(name)
