@@ -138,27 +138,29 @@ class Intake:
         self._known = known
         self._random_bytes = random_bytes
         self._since_s: dict[Entry, float] = {}  # first seen so; WINDOW at most
-        self._unmovable: set[tuple[str, int]] = set()  # told of; forgotten when gone
+        # Told of, with their ctime: tried again when they change, forgotten when they are gone.
+        self._unmovable: dict[tuple[str, int], int] = {}
 
     # --- looking ---------------------------------------------------------------------------------
 
     def scan(self) -> Look:
         """Look at everything in ``new/``; only what is settled by now is ready."""
         now_s = self._now_s()
-        stuck: set[tuple[str, int]] = set()
+        known: dict[tuple[str, int], int] = {}
         total = 0
 
         def movable() -> Iterator[Entry]:
             nonlocal total
             for entry in self._entries():
                 total += 1
-                if (entry.name, entry.inode) in self._unmovable:
-                    stuck.add((entry.name, entry.inode))
-                else:
+                key = (entry.name, entry.inode)
+                if key in self._unmovable:
+                    known[key] = self._unmovable[key]
+                if not self._is_stuck(entry):
                     yield entry
 
         oldest = [self._whole(entry) for entry in heapq.nsmallest(WINDOW, movable())]
-        self._unmovable = stuck
+        self._unmovable = known
         self._since_s = {entry: self._since_s.get(entry, now_s) for entry in oldest}
         left_s = {
             entry: since_s + self.settle_s - now_s for entry, since_s in self._since_s.items()
@@ -181,11 +183,15 @@ class Intake:
                     entry = _entry(name, os.stat(name, dir_fd=fd, follow_symlinks=False))
                 except FileNotFoundError:
                     continue
-                if (name, entry.inode) not in self._unmovable:
+                if not self._is_stuck(entry):
                     found.append(entry)
         finally:
             os.close(fd)
         return sorted(found)
+
+    def _is_stuck(self, entry: Entry) -> bool:
+        """Whether it could not be moved, and nobody did anything about it since."""
+        return entry.ctime_ns <= self._unmovable.get((entry.name, entry.inode), 0)
 
     def _entries(self) -> Iterator[Entry]:
         fd = open_dir(self.spool.new)
@@ -242,8 +248,12 @@ class Intake:
                 except OSError as error:
                     if error.errno not in _UNMOVABLE:
                         raise
-                    self._unmovable.add((entry.name, entry.inode))
-                    unmovable.append(f"{entry.name!r} in new/ cannot be moved: {error.strerror}")
+                    key = (entry.name, entry.inode)
+                    if key not in self._unmovable:
+                        what = f"{entry.name!r} in new/ cannot be moved: {error.strerror}"
+                        remedy = "; let its group write it (chmod -R g+rwX)" if entry.folder else ""
+                        unmovable.append(what + remedy)
+                    self._unmovable[key] = entry.ctime_ns
                 else:
                     moved.append((payload, max(0.0, now_s - entry.ctime_ns / 1e9)))
             if moved:

@@ -280,6 +280,25 @@ def test_what_cannot_be_moved_is_told_once_and_left(
     assert len(intake.scan().ready) <= 1  # told again, unless it got the same inode
 
 
+def test_what_can_be_moved_after_all_is_taken(humble_spool: Spool, make_intake: MakeIntake) -> None:
+    intake = make_intake(humble_spool, settle_s=0)
+    folder = humble_spool.new / "x"
+    folder.mkdir()
+    (folder / "job.json").write_bytes(GRAPH)
+    folder.chmod(0o500)
+    (told,) = intake.claim(intake.scan().ready).unmovable
+    assert "chmod -R g+rwX" in told
+    before = folder.stat().st_ctime_ns
+    while folder.stat().st_ctime_ns <= before:  # until the file system's clock moved on
+        folder.chmod(0o550)
+    assert intake.claim(intake.scan().ready) == Taken([], [], [])  # told once
+    before = folder.stat().st_ctime_ns
+    while folder.stat().st_ctime_ns <= before:
+        folder.chmod(0o770)
+    (row,) = rows(intake.claim(intake.scan().ready))
+    assert row.state is State.QUEUED
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_leaves_the_rest_in_new(
     spool: Spool, make_intake: MakeIntake, number: int, monkeypatch: pytest.MonkeyPatch
