@@ -291,9 +291,13 @@ class Intake:
             for payload in names:
                 if ignored(payload):
                     continue
-                if not is_job_id(job_of(payload)):
+                job = job_of(payload)
+                if not is_job_id(job):
                     odd.append(f"{payload!r} in claimed/ is none of ours and is left alone")
-                elif (row := self._row(claimed_fd, payload)) is not None:
+                    continue
+                # A try that found the disk full may have made it a bundle already.
+                row = self._row(claimed_fd, payload) or self._row(claimed_fd, job)
+                if row is not None:
                     claims.append(Claimed(row=row))
         finally:
             os.close(claimed_fd)

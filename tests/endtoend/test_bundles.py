@@ -131,3 +131,16 @@ async def test_a_key_dropped_twice_is_one_job(simulator: Simulator, tmp_path: Pa
     assert (other["state"], other["reason"]) == ("failed", "conflict")
     assert done["job"] in other["message"]
     assert simulator.posts.total() == 1
+
+
+async def test_a_job_may_accept_that_the_server_drops_outputs(simulator: Simulator, tmp_path: Path):
+    daemon = Daemon(tmp_path, simulator.url)
+    document = {"workflow": graphs.partial(3), "on_partial": "accept"}
+    with trio.fail_after(PATIENCE_S):
+        async with daemon.running():
+            daemon.drop("partial.json", document)
+            await daemon.finish(1, within_s=20)
+    ((_, result),) = daemon.results().items()
+    assert result["state"] == "done"
+    assert [output["node"] for output in result["outputs"]] == ["9"]
+    assert "The server dropped some outputs; nodes 8" in result["warnings"][0]
