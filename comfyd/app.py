@@ -34,7 +34,7 @@ from comfyd.journal.store import Batch, Update
 from comfyd.journal.thread import Journal
 from comfyd.metrics import Metrics
 from comfyd.services.clock import Clock
-from comfyd.services.dispatcher import Auditor, Dispatcher
+from comfyd.services.dispatcher import FULL_DISK_RETRY_S, Auditor, Dispatcher
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
 from comfyd.services.overview import Overview, Watched, count_files
@@ -219,6 +219,7 @@ async def _run(
             observe=Teller(metrics).tell,
             on_deadline=auditor.set_deadline,
             on_refused=space.refused,
+            on_absorbed=workshop.absorb,
         )
         overview = Overview(
             engine,
@@ -238,6 +239,8 @@ async def _run(
             settle_s=config.watch.settle_s,
             max_file_bytes=config.jobs.max_file_bytes,
             max_attempts=config.jobs.max_attempts,
+            queue_timeout_s=config.jobs.queue_timeout_s,
+            workflows=config.workflows,
             next_seq=count(await journal.last_seq() + 1).__next__,
             now_s=clock.now_s,
             known=lambda job: trio.from_thread.run(journal.get, job) is not None,
@@ -335,9 +338,13 @@ async def _adopt(names: list[str], journal: Journal, intake: Intake, inbox: Inbo
     for at in range(0, len(names), ADOPT):
         batch = {job_of(name): name for name in names[at : at + ADOPT]}
         missing = await journal.without_rows(batch)
-        taken = await trio.to_thread.run_sync(
-            intake.adopt, [name for job, name in batch.items() if job in missing]
-        )
+        left = [name for job, name in batch.items() if job in missing]
+        while True:
+            try:
+                taken = await trio.to_thread.run_sync(intake.adopt, left)
+                break
+            except DiskFull:  # for the workflow that one of them names
+                await trio.sleep(FULL_DISK_RETRY_S)
         for sentence in taken.unmovable:
             _log.warning("left_in_claimed", problem=sentence)
         if taken.claims:

@@ -422,7 +422,7 @@ class Metrics:
             match note.kind:
                 case "claimed":
                     if data.get("invalid"):
-                        self._spool_rejected.labels("invalid_job").inc()
+                        self.spool_rejected(data.get("reason") or "invalid_job")
                 case "moved":
                     if before is not None and before[0] == note.job and data["state"] == "queued":
                         self.retry("attempt", before[1])

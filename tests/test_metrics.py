@@ -230,6 +230,14 @@ def test_a_note_moves_its_metric_and_no_other(metrics, kind, expected):
     assert changes(metrics, lambda: metrics.observe([NOTES[kind]])) == expected
 
 
+def test_a_key_that_is_taken_is_counted_as_a_conflict(metrics):
+    note = Note(
+        "claimed", JobId("a"), None, {"payload": "a", "invalid": True, "reason": "conflict"}
+    )
+    found = changes(metrics, lambda: metrics.observe([note]))
+    assert found == {("comfyd_spool_rejected_total", "conflict"): 1}
+
+
 def test_a_finished_job_is_counted_and_timed(metrics):
     metrics.observe([NOTES["finished"]])
     assert value(metrics, "comfyd_jobs_finished_total", server="a", outcome="done") == 1

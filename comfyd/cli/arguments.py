@@ -221,7 +221,7 @@ def _add_config(parser: argparse.ArgumentParser, *, default: Any) -> None:
 
 
 def _submit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="job files; - is stdin")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="job files or folders; - is stdin")
     parser.add_argument(
         "--set",
         action="append",
@@ -229,7 +229,13 @@ def _submit(parser: argparse.ArgumentParser) -> None:
         metavar="NODE.INPUT=VALUE",
         help="give an input a value: JSON, or else text; random draws a number",
     )
-    parser.add_argument("--file", action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--file",
+        action="append",
+        default=[],
+        metavar="NODE.INPUT=PATH",
+        help="upload a file, and give an input its name",
+    )
     parser.add_argument("--priority", type=_whole(-1_000_000, 1_000_000), metavar="N")
     parser.add_argument("--name", help="stem of the job ids, instead of the file's")
     parser.add_argument("--wait", action="store_true", help="until every job has ended")

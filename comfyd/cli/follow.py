@@ -27,6 +27,7 @@ class Followed:
       message: Why it ended without a result.
       total_s, outputs: Of a job that ended: seconds since it was claimed, and files.
       folder: Its result; None while there is none, or if it was taken away before we saw it.
+      known_as: The job that it is: another one, if its key says that it was submitted before.
 
     """
 
@@ -37,6 +38,10 @@ class Followed:
     total_s: float | None = None
     outputs: int = 0
     folder: Path | None = None
+    known_as: str = ""
+
+    def __post_init__(self) -> None:
+        self.known_as = self.known_as or self.job
 
     @property
     def ended(self) -> bool:
@@ -45,6 +50,8 @@ class Followed:
     def line(self) -> str:
         """In one line, for a pipe."""
         words = [f"{self.job}: {self.state}"]
+        if self.known_as != self.job:
+            words.append(f"as {self.known_as}")
         if self.server and not self.ended:
             words.append(f"on {self.server}")
         if self.state == "done":
@@ -74,19 +81,22 @@ class Follower:
     def look(self) -> None:
         """Look for the results of open jobs. Blocking; two lstats a job."""
         for each in self.open:
-            for place, manifest in (("done", "result.json"), ("failed", "error.json")):
-                folder = self.spool.root / place / each.job
-                found = _read(folder / manifest)
-                if found is not None:
-                    each.folder = folder
-                    self._end(each, found, place)
-                    break
+            self._look_for(each)
+
+    def _look_for(self, each: Followed) -> None:
+        for place, manifest in (("done", "result.json"), ("failed", "error.json")):
+            folder = self.spool.root / place / each.known_as
+            found = _read(folder / manifest)
+            if found is not None:
+                each.folder = folder
+                self._end(each, found, place)
+                break
 
     def hear(self, status: dict[str, Any]) -> None:
         """Take over what a daemon's status says of open jobs."""
         at_hand = {job["job"]: job for job in status["at_hand"]}
         for each in self.open:
-            job = at_hand.get(each.job)
+            job = at_hand.get(each.known_as)
             each.state = "waiting" if job is None else job["state"]
             each.server = "" if job is None else job["server"] or ""
 
@@ -105,6 +115,11 @@ class Follower:
 
         Only with ``published`` set: until then the result is on its way to its folder.
         """
+        if story["job"] != each.known_as:  # absorbed by that job, whose folder may be there
+            each.known_as = story["job"]
+            self._look_for(each)
+            if each.ended:
+                return
         if story["state"] in {"done", "failed", "cancelled"} and story["times"]["published"]:
             outputs = story["outputs"]
             each.state, each.server = story["state"], story["server"] or ""

@@ -162,6 +162,8 @@ def phrase(kind: str, data: dict[str, Any]) -> str:
             return f"claimed as {payload}" + (", no valid job" if data.get("invalid") else "")
         case "retried", {"new": new}:
             return f"retried as {new}"
+        case "absorbed", {"name": name}:
+            return f"submitted again as {name}: same key, same content"
         case "moved", {"state": state}:
             return f"{state}{on}"
         case "accepted", _:

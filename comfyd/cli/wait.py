@@ -49,6 +49,7 @@ def _ended(job: str, follower: Follower) -> dict[str, Any]:
     each = follower.jobs[job]
     return {
         "job": job,
+        "known_as": each.known_as,
         "state": each.state,
         "message": each.message,
         "folder": None if each.folder is None else str(each.folder),

@@ -59,12 +59,12 @@ _UPLOAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """A request. *repeatable*: the server may get it twice without harm."""
+    """A request, its body in parts. *repeatable*: the server may get it twice without harm."""
 
     method: str
     path: str
     within_s: float
-    content: bytes | None = None
+    content: tuple[bytes, ...] = ()
     content_type: str = "application/json"
     repeatable: bool = True
 
@@ -72,8 +72,8 @@ class _Ask:
 class _Body(httpx.AsyncByteStream):
     """A request's body. Not an async generator: httpx leaves those behind when writing fails."""
 
-    def __init__(self, content: bytes) -> None:
-        self._parts = iter([content])
+    def __init__(self, content: tuple[bytes, ...]) -> None:
+        self._parts = iter(content)
 
     def __aiter__(self) -> _Body:
         return self
@@ -183,7 +183,7 @@ class Client:
           ServerStatus: With the whole body (16 MiB at most): ``decode_rejection`` reads it.
 
         """
-        ask = _Ask("POST", "/prompt", self._submit_timeout_s, body, repeatable=False)
+        ask = _Ask("POST", "/prompt", self._submit_timeout_s, (body,), repeatable=False)
         answer = await self._answer(ask, MAX_SUBMIT_BYTES, error_chars=MAX_SUBMIT_BYTES)
         return decode_submit(answer)
 
@@ -251,7 +251,7 @@ class Client:
             "POST",
             "/upload/image",
             self._upload_timeout_s,
-            head.encode() + content + f"\r\n--{boundary}--\r\n".encode(),
+            (head.encode(), content, f"\r\n--{boundary}--\r\n".encode()),
             f"multipart/form-data; boundary={boundary}",
         )
         return decode_upload(await self._answer(ask))
@@ -299,7 +299,7 @@ class Client:
     async def _order(self, path: str, order: dict[str, Any]) -> None:
         """POST something that may be repeated without harm."""
         content = msgspec.json.encode(order)
-        await self._answer(_Ask("POST", path, self._history_timeout_s, content))
+        await self._answer(_Ask("POST", path, self._history_timeout_s, (content,)))
 
     async def _answer(
         self, ask: _Ask, cap_bytes: int = MAX_ANSWER_BYTES, error_chars: int = MAX_ERROR_CHARS
@@ -355,15 +355,15 @@ class Client:
             "Accept-Encoding": "identity",
             **dict(self.endpoint.headers),
         }
-        if ask.content is not None:
+        if ask.content:
             headers["Content-Type"] = ask.content_type
-            headers["Content-Length"] = str(len(ask.content))
+            headers["Content-Length"] = str(sum(map(len, ask.content)))
         try:
             return httpx.Request(
                 ask.method,
                 self.endpoint.base_url + ask.path,
                 headers=headers,
-                stream=_Body(ask.content or b""),
+                stream=_Body(ask.content),
                 extensions={"trace": exchange.trace},
             )
         except httpx.InvalidURL:

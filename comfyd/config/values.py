@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 MAX_BYTES: Final = 2**63 - 1
 _DURATION_UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_MAX_DURATION_S: Final = 3650 * 86400.0  # ten years; beyond that it is a slip of the pen
+MAX_DURATION_S: Final = 3650 * 86400.0  # ten years; beyond that it is a slip of the pen
 _SIZE_UNITS: Final = {
     "B": 1,
     "kB": 10**3,
@@ -107,14 +107,19 @@ def duration(node: Node, path: str, ctx: Context) -> float:
     """A time such as ``500ms``, ``15s``, ``5m``, ``2h`` or ``30d``, as seconds above zero."""
     wanted = "a time such as 500ms, 15s, 5m, 2h or 30d"
     value = _scalar(node, wanted, "text", "a number")
-    match = _QUANTITY.fullmatch(value)
-    unit_s = _DURATION_UNITS_S.get(match[2]) if match else None
-    if match is None or unit_s is None:
+    found_s = seconds_of(value)
+    if found_s is None:
         raise Refused(f"must be {wanted}, not {value[:80]!r}", node)
-    seconds = float(match[1]) * unit_s
-    if not 0.001 <= seconds <= _MAX_DURATION_S:
+    if not 0.001 <= found_s <= MAX_DURATION_S:
         raise Refused(f"must be between 1ms and 3650d, not {value[:80]!r}", node)
-    return seconds
+    return found_s
+
+
+def seconds_of(text: str) -> float | None:
+    """The seconds that *text* such as ``1.5h`` stands for, from 0; None if it is no time."""
+    match = _QUANTITY.fullmatch(text)
+    unit_s = _DURATION_UNITS_S.get(match[2]) if match else None
+    return None if match is None or unit_s is None else float(match[1]) * unit_s
 
 
 def size(minimum: int = 1) -> Reader[int]:

@@ -46,10 +46,14 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotSent:
-    """Provably nothing reached the server's queue (refused, or turned away before it)."""
+    """Provably nothing reached the server's queue (refused, or turned away before it).
+
+    *operation* says what failed: submit, or an upload before it.
+    """
 
     token: Token
     reason: str
+    operation: str = "submit"
     retry_after_s: float | None = None
 
 

@@ -128,7 +128,7 @@ def unsendable(job: Job, fact: Unsendable, ctx: Context) -> Step:
 def not_sent(job: Job, fact: NotSent, ctx: Context) -> Step:
     """Back to the queue: nothing reached the server."""
     # Nothing reached the server, so the identity is unused and may be used again anywhere.
-    retry = noted(job, "retry", operation="submit", reason=fact.reason)
+    retry = noted(job, "retry", operation=fact.operation, reason=fact.reason)
     return requeue(job, ctx, retry, attempt=job.row.attempt - 1)
 
 

@@ -10,7 +10,7 @@ import difflib
 import enum
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from comfyd.core.model import JobId, PromptId
@@ -20,6 +20,7 @@ from comfyd.errors import JobFileError
 
 Node = dict[str, Any]
 Graph = dict[str, Node]
+Input = tuple[str, str]  # a node id, and the name of one of its inputs
 
 # Draws stay below this. ComfyUI's front end stops here too (widgets cap a random seed at 2**50):
 # a node whose seed works there takes ours, and no JSON reader rounds the recorded number.
@@ -138,14 +139,8 @@ def apply_set(
     """
     filled = dict(graph)
     seeds: dict[str, int] = {}
-    done: dict[tuple[str, str], str] = {}
-    for key, value in assignments.items():
-        node_id, name = _target(graph, key)
-        if (node_id, name) in done:
-            raise JobFileError(
-                f"set: {quoted(done[node_id, name])} and {quoted(key)} name the same input."
-            )
-        done[node_id, name] = key
+    for (node_id, name), key in targets(graph, assignments, "set").items():
+        value = assignments[key]
         if value == "random":
             if isinstance(graph[node_id]["inputs"][name], str):
                 raise JobFileError(
@@ -154,16 +149,51 @@ def apply_set(
                 )
             place = f"{node_id}.{name}"
             seeds[place] = value = drawn[place] if drawn and place in drawn else draw() % SEED_LIMIT
-        node = filled[node_id]
-        filled[node_id] = {**node, "inputs": {**node["inputs"], name: value}}
+        _put(filled, (node_id, name), value)
     return filled, seeds
 
 
-def _target(graph: Graph, key: str) -> tuple[str, str]:
+def fill(graph: Graph, values: Mapping[Input, Any]) -> Graph:
+    """A new graph whose inputs have *values*; every one of them is an input of *graph*."""
+    filled = dict(graph)
+    for target, value in values.items():
+        _put(filled, target, value)
+    return filled
+
+
+def _put(filled: Graph, target: Input, value: Any) -> None:
+    """Give one input a value; the node is replaced, for others may hold the old one."""
+    node_id, name = target
+    node = filled[node_id]
+    filled[node_id] = {**node, "inputs": {**node["inputs"], name: value}}
+
+
+def targets(graph: Graph, keys: Iterable[str], option: str) -> dict[Input, str]:
+    """Which input each of *keys* names, as in `apply_set`.
+
+    Args:
+      option: What the keys stand under in the job document, for the sentence.
+
+    Raises:
+      JobFileError: A key names no input, or one that another key names too.
+
+    """
+    found: dict[Input, str] = {}
+    for key in keys:
+        target = _target(graph, key, option)
+        if target in found:
+            raise JobFileError(
+                f"{option}: {quoted(found[target])} and {quoted(key)} name the same input."
+            )
+        found[target] = key
+    return found
+
+
+def _target(graph: Graph, key: str, option: str) -> Input:
     """The node id and input that *key* names; the input must be in the graph, so typos show."""
     where, dot, name = key.rpartition(".")
     if not dot or not where or not name:
-        raise JobFileError(f"set: {quoted(key)} must read NODE.INPUT, such as 6.text.")
+        raise JobFileError(f"{option}: {quoted(key)} must read NODE.INPUT, such as 6.text.")
     if where in graph:
         node_id = where
     else:
@@ -176,17 +206,19 @@ def _target(graph: Graph, key: str) -> tuple[str, str]:
         if len(matches) > 1:
             ids = ", ".join(quoted(match) for match in matches[:8])
             raise JobFileError(
-                f"set: {quoted(key)}: {len(matches)} nodes have that title; use a node id ({ids})."
+                f"{option}: {quoted(key)}: {len(matches)} nodes have that title; use a node id"
+                f" ({ids})."
             )
         if not matches:
             offer = near(where, [*graph, *titles])
-            raise JobFileError(f"set: {quoted(key)}: no node has that id or title. {offer}")
+            raise JobFileError(f"{option}: {quoted(key)}: no node has that id or title. {offer}")
         node_id = matches[0]
     inputs = graph[node_id]["inputs"]
     if name not in inputs:
         raise JobFileError(
-            f"set: {quoted(key)}: node {quoted(node_id)} ({quoted(graph[node_id]['class_type'])}) "
-            f"has no such input. {near(name, list(inputs))}"
+            f"{option}: {quoted(key)}: node {quoted(node_id)}"
+            f" ({quoted(graph[node_id]['class_type'])}) has no such input."
+            f" {near(name, list(inputs))}"
         )
     return node_id, name
 

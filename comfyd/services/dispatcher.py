@@ -12,11 +12,13 @@ import trio
 
 from comfyd.core.engine import Batch as EngineBatch
 from comfyd.core.engine import Change, Engine
-from comfyd.core.facts import Fact, Summoned, Tick
+from comfyd.core.facts import Claimed, Fact, Summoned, Tick
+from comfyd.core.keys import Absorbed, judge
+from comfyd.core.model import Row
 from comfyd.core.notes import Note
 from comfyd.core.orders import Expire, Fence, JobOrder, Read, Refill, Summon
 from comfyd.errors import DiskFull, JournalError
-from comfyd.journal.store import Batch, Event, Insert, Lift, Raise, Remember, Update
+from comfyd.journal.store import Alias, Batch, Event, Insert, Lift, Raise, Remember, Update
 from comfyd.journal.thread import Journal
 from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
@@ -36,6 +38,7 @@ class Dispatcher:
       observe: Is told every note once what it tells of is committed.
       on_deadline: Is told when the engine next wants a Tick (the clock's seconds; inf for never).
       on_refused: Is told that the journal's disk refused a commit, which is then tried again.
+      on_absorbed: Is told of each drop that is another job, once that is committed: it may go.
 
     Cancellation of `run`: while it waits for facts or for space on the disk. A commit is never
     cut short, and what was not committed was not acted on.
@@ -52,6 +55,7 @@ class Dispatcher:
         perform: Callable[[JobOrder | Fence], None],
         observe: Callable[[Iterable[Note]], None],
         on_deadline: Callable[[float], None],
+        on_absorbed: Callable[[Absorbed], None],
         on_refused: Callable[[], None] = lambda: None,
         draw: Callable[[], float] = random.random,
     ) -> None:
@@ -63,8 +67,10 @@ class Dispatcher:
         self._observe = observe
         self._on_deadline = on_deadline
         self._on_refused = on_refused
+        self._on_absorbed = on_absorbed
         self._draw = draw
         self._waiting = EngineBatch()  # changes that ride with the next commit
+        self._absorbed: list[Absorbed] = []  # the next commit makes them aliases
         self._lazy_since_s = math.inf
         self.waits_for_space = False
         self._settled = trio.Event()
@@ -82,13 +88,31 @@ class Dispatcher:
         while True:
             with trio.move_on_at(self._clock.trio_s(self._lazy_since_s + LAZY_S)):
                 await self._inbox.wait()
-            self._handle(self._inbox.take())
+            self._handle(await self._judged(self._inbox.take()))
             await self._settle()
 
     def _handle(self, facts: list[Fact]) -> None:
         now_s = self._clock.now_s()
         for fact in facts:
             self._engine.handle(fact, now_s=now_s, u=self._draw())
+
+    async def _judged(self, facts: list[Fact]) -> list[Fact]:
+        """*facts* without the claims that are other jobs by their keys: those become aliases."""
+        holders: dict[str, Row] = {}  # of this batch, not committed yet
+        kept: list[Fact] = []
+        for fact in facts:
+            if isinstance(fact, Claimed) and fact.row.key is not None:
+                key = fact.row.key
+                with trio.CancelScope(shield=True):  # what was taken from the inbox is not lost
+                    verdict = judge(fact.row, holders.get(key) or await self._journal.keyed(key))
+                if isinstance(verdict, Absorbed):
+                    self._absorbed.append(verdict)
+                    continue
+                if verdict.key is not None:
+                    holders[key] = verdict
+                fact = Claimed(row=verdict)
+            kept.append(fact)
+        return kept
 
     async def settled(self, number: int | None = None) -> None:
         """Until the next batch of facts has been dealt with: committed, and its orders given.
@@ -110,7 +134,7 @@ class Dispatcher:
             now_s = self._clock.now_s()
             batch = self._engine.take(now_s=now_s, u=self._draw())
             self._waiting = _joined(self._waiting, batch)
-            if batch.urgent or now_s >= self._lazy_since_s + LAZY_S:
+            if batch.urgent or self._absorbed or now_s >= self._lazy_since_s + LAZY_S:
                 await self._commit()
             elif self._waiting != EngineBatch():
                 self._lazy_since_s = min(self._lazy_since_s, now_s)
@@ -146,12 +170,14 @@ class Dispatcher:
 
     async def flush(self) -> None:
         """Commit what waits for company; for the very end."""
+        self._absorbed.clear()  # nobody is left to clear them away: the next start finds them
         await self._commit()
 
     async def _commit(self) -> None:
         batch, self._waiting = self._waiting, EngineBatch()
+        absorbed, self._absorbed = self._absorbed, []
         self._lazy_since_s = math.inf
-        if batch == EngineBatch():
+        if batch == EngineBatch() and not absorbed:
             return
         at_s = self._clock.now_s()
         stored = Batch(
@@ -160,11 +186,15 @@ class Dispatcher:
                 *(Raise(fence=fence) for fence in batch.raised),
                 *(Lift(prompt_id=prompt_id) for prompt_id in batch.lifted),
                 *(Remember(name=name, value=value) for name, value in batch.settings),
+                *(Alias(name=each.row.job, job=each.into) for each in absorbed),
             ),
-            events=tuple(
-                Event(job=note.job, at=at_s, kind=note.kind, data=_told(note))
-                for note in batch.notes
-                if note.story and note.job is not None
+            events=(
+                *(_story(each, at_s) for each in absorbed),
+                *(
+                    Event(job=note.job, at=at_s, kind=note.kind, data=_told(note))
+                    for note in batch.notes
+                    if note.story and note.job is not None
+                ),
             ),
         )
         while True:
@@ -181,9 +211,15 @@ class Dispatcher:
         if self.waits_for_space:
             _log.info("journal_has_space_again")
         self.waits_for_space = False
-        if not all(results):
-            refused = [str(c) for c, ok in zip(stored.changes, results, strict=True) if not ok]
+        ours = len(results) - len(absorbed)
+        refused = [str(c) for c, ok in zip(stored.changes[:ours], results, strict=False) if not ok]
+        if refused:
             raise JournalError(f"the journal refused {'; '.join(refused[:3])}: two owners?")
+        for each, ok in zip(absorbed, results[ours:], strict=True):
+            # Not applied: committed before a crash, or its job is forgotten and the next start asks
+            # again.
+            if ok or await self._journal.find(each.row.job):
+                self._on_absorbed(each)
 
 
 def _joined(first: EngineBatch, second: EngineBatch) -> EngineBatch:
@@ -201,6 +237,10 @@ def _stored(change: Change) -> Insert | Update:
     if change.expected is None:
         return Insert(row=change.row)
     return Update(row=change.row, expected=change.expected)
+
+
+def _story(absorbed: Absorbed, at_s: float) -> Event:
+    return Event(job=absorbed.into, at=at_s, kind="absorbed", data={"name": absorbed.row.job})
 
 
 def _told(note: Note) -> dict[str, object]:

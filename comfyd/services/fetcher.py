@@ -24,9 +24,8 @@ from comfyd.core.facts import (
     Published,
     Uncollected,
 )
-from comfyd.core.facts import Retired as RetiredFact
 from comfyd.core.model import FileRef, JobId, Row, Staged, State
-from comfyd.core.orders import Collect, Fetch, Publish, Retire
+from comfyd.core.orders import Collect, Fetch, Publish
 from comfyd.core.policy import linear_s
 from comfyd.core.result import Output, manifest
 from comfyd.core.wire.tolerant import line
@@ -37,7 +36,6 @@ from comfyd.spool.delivery import (
     local_name,
     looks_wrong,
     publish,
-    retire,
 )
 from comfyd.spool.layout import Spool, free_bytes, full_disk_told
 
@@ -328,16 +326,3 @@ def show(order: Publish, spool: Spool) -> Answer:
             message=f"{place}/{row.job} was there already and is not ours; move it away.",
         )
     return Published(token=token)
-
-
-def clear(order: Retire, spool: Spool, on_left: Callable[[str], None]) -> Answer:
-    """Remove the claimed file. Blocking. *on_left* is told what had to be left, if anything.
-
-    Raises:
-      DiskFull: The disk takes no changes now.
-
-    """
-    left = retire(spool, order.row)
-    if left:
-        on_left(left)
-    return RetiredFact(token=order.token)

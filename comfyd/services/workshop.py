@@ -20,8 +20,10 @@ from comfyd.core.facts import (
     Presence,
     Probed,
     PublishDelayed,
+    Retired,
     Uncollected,
 )
+from comfyd.core.keys import Absorbed
 from comfyd.core.model import JobId, Row, ServerName
 from comfyd.errors import DiskFull, ServerError
 from comfyd.metrics import Metrics, reason_of
@@ -30,6 +32,7 @@ from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
 from comfyd.services.space import Space
+from comfyd.spool.delivery import retire
 from comfyd.spool.layout import Spool
 
 # Results put together at once: downloads overlap, and the disk is not asked for more.
@@ -95,6 +98,24 @@ class Workshop:
         else:
             self._nursery.start_soon(self._carry_out, order, link)
 
+    def absorb(self, absorbed: Absorbed) -> None:
+        """Start on clearing away a drop that is another job: no row of its own will do that."""
+        self._metrics.spool_rejected("duplicate")
+        _log.info("absorbed", job=absorbed.row.job, into=absorbed.into)
+        self._nursery.start_soon(self._clear, absorbed.row)
+
+    async def _clear(self, row: Row) -> None:
+        """Remove a claimed file, or say what is left of it."""
+        while True:  # what it led to is delivered; only a disk that takes nothing keeps it there
+            try:
+                left = await trio.to_thread.run_sync(retire, self._spool, row)
+                break
+            except DiskFull:
+                self._space.refused()
+                await trio.sleep(RETIRE_AGAIN_S)
+        if left:
+            _log.warning("left_in_claimed", problem=left)
+
     def _link(self, row: Row) -> Link | None:
         """The server that *row* is about: a name whose URL changed is another server."""
         link = self._links.get(row.server) if row.server else None
@@ -129,7 +150,8 @@ class Workshop:
             case orders.Publish():
                 return await trio.to_thread.run_sync(fetcher.show, order, self._spool)
             case orders.Retire():
-                return await self._retire(order)
+                await self._clear(order.row)
+                return Retired(token=order.token)
             case _ if link is None:
                 return _no_such_server(order)
             case orders.Submit():
@@ -153,19 +175,8 @@ class Workshop:
             case _:
                 raise AssertionError(f"nobody carries out {order}")
 
-    async def _retire(self, order: orders.Retire) -> Answer:
-        while True:  # the result is delivered; only a read-only disk keeps the claimed file
-            try:
-                return await trio.to_thread.run_sync(fetcher.clear, order, self._spool, self._left)
-            except DiskFull:
-                self._space.refused()
-                await trio.sleep(RETIRE_AGAIN_S)
-
     def _retried(self, operation: str, error: ServerError) -> None:
         self._metrics.retry(operation, reason_of(error))
-
-    def _left(self, sentence: str) -> None:
-        trio.from_thread.run_sync(partial(_log.warning, "left_in_claimed", problem=sentence))
 
 
 def _no_such_server(order: orders.JobOrder) -> Answer:

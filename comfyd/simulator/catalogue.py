@@ -205,7 +205,7 @@ async def _load_image(run: Run, values: Values) -> Result:
     if size is None:
         message = f"cannot identify image file '{values['image']}'"
         raise NodeError(message, "PIL.UnidentifiedImageError")
-    return Result((Image(*size, 1, (128, 128, 128)), None))
+    return Result((Image(*size, 1, media.rgb_of(content)), None))
 
 
 def _load_image_changed(files: Files, values: Values) -> str:

@@ -110,6 +110,25 @@ SAMPLES: Final = {
 }
 
 
+def rgb_of(content: bytes) -> tuple[int, int, int]:
+    """The colour of the first pixel of an RGB PNG; of everything else, grey."""
+    at = len(PNG_SIGNATURE)
+    packed = b""
+    while content.startswith(PNG_SIGNATURE) and at + 8 <= len(content):
+        (size,) = struct.unpack(">I", content[at : at + 4])
+        kind, body = content[at + 4 : at + 8], content[at + 8 : at + 8 + size]
+        if kind == b"IHDR" and body[8:10] != b"\x08\x02":
+            break
+        packed += body if kind == b"IDAT" else b""
+        at += size + 12
+    try:
+        pixel = zlib.decompressobj().decompress(packed, 4)[1:]  # no filter changes the first one
+        red, green, blue = pixel
+    except (zlib.error, ValueError):
+        return (128, 128, 128)
+    return (red, green, blue)
+
+
 def size_px(content: bytes) -> tuple[int, int] | None:
     """Width and height of a picture, or None if *content* is none.
 

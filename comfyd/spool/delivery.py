@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from comfyd.core.model import JobId, Row, Staged
+from comfyd.errors import JobFileError
+from comfyd.spool import bundle
 from comfyd.spool.layout import (
     Spool,
     extension_of,
@@ -28,6 +30,7 @@ from comfyd.spool.layout import (
     share,
     write_durably,
 )
+from comfyd.spool.library import tidy
 from comfyd.spool.media import HEAD_BYTES, local_name, looks_wrong
 from comfyd.spool.rename import rename_folder
 
@@ -46,8 +49,14 @@ FILE_MODE: Final = 0o640
 FOLDER_MODE: Final = 0o2750
 MANIFESTS: Final = {"done": "result.json", "failed": "error.json"}
 
-# What was dropped but is no readable file lies in the result under this name, moved as it was.
+# What was dropped but is no job lies in the result under this name, moved as it was.
 PAYLOAD: Final = "payload"
+# A bundle lies in the result as a folder of this name, a single file as job.json or job.yaml.
+BUNDLE: Final = "job"
+
+# Ends the name under claimed/ of a bundle that is being removed; the name begins with a dot.
+_RETIRED: Final = ".retired"
+_CHANGED: Final = "what was submitted was changed in claimed/ by someone else"
 
 
 class Stage:
@@ -127,7 +136,7 @@ class Stage:
         return size_bytes
 
     def add_payload(self, row: Row) -> str:
-        """Add what was submitted: a copy of the claimed file, or the thing itself if it is no file.
+        """Add what was submitted: a copy of it, or the thing itself if it could not be read.
 
         Returns:
           A warning for the manifest if it is not there, or not as it was claimed; else "".
@@ -139,6 +148,10 @@ class Stage:
         source = self._spool.claimed / row.payload
         if not row.sha256:
             return self._move_payload(source)
+        if os.path.lexists(self.path / PAYLOAD):
+            return _CHANGED  # found so before a crash
+        if source.is_dir() and not source.is_symlink():
+            return self._copy_bundle(source, row.sha256)
         try:
             fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -149,8 +162,26 @@ class Stage:
         aside = self.path / f"{name}.part"
         write_durably(self.path / name, data, aside=aside, mode=FILE_MODE, sync_dir=False)
         if hashlib.sha256(data).hexdigest() != row.sha256:
-            return "what was submitted was changed in claimed/ by someone else"
+            return _CHANGED
         return ""
+
+    def _copy_bundle(self, source: Path, sha256: str) -> str:
+        target = self.path / BUNDLE
+        try:
+            with full_disk_told():
+                target.mkdir(0o700)
+            fd = open_dir(source)
+            try:
+                pieces = bundle.read(fd, into=target)
+            finally:
+                os.close(fd)
+        except JobFileError as error:  # it was well when it was claimed
+            _wipe(target)
+            return self._move_payload(source) or f"{_CHANGED}: {error.message}"
+        with full_disk_told():
+            bundle.sync_folders(target, mode=FOLDER_MODE, file_mode=FILE_MODE)
+        copied = bundle.digest({name: piece.sha256 for name, piece in pieces.items()})
+        return "" if copied == sha256 else _CHANGED
 
     def _move_payload(self, source: Path) -> str:
         target = self.path / PAYLOAD
@@ -266,7 +297,9 @@ def _sha256_of(path: Path) -> str | None:
 
 
 def retire(spool: Spool, row: Row) -> str:
-    """Remove the claimed file of a published job; no error if it is gone.
+    """Remove what was claimed for a published job; no error if it is gone.
+
+    A bundle is renamed first, to what is no job's name: half of it is never taken for a job.
 
     Returns:
       A sentence for the log if something is left: what could not be parsed is never deleted.
@@ -280,13 +313,39 @@ def retire(spool: Spool, row: Row) -> str:
         return ""
     if not row.sha256:
         return f"claimed/{row.payload} could not be moved to its result and was left"
-    with full_disk_told():
-        path.unlink(missing_ok=True)
+    if not path.is_dir() or path.is_symlink():
+        with full_disk_told():
+            path.unlink(missing_ok=True)
+        return ""
+    aside = path.with_name(f".{path.name}{_RETIRED}")
+    if aside.exists():
+        _cleared(aside)
+    try:
+        with full_disk_told():
+            path.rename(aside)
+    except OSError as error:  # such as when its producer took us the right to
+        left = error.strerror or str(error)
+    else:
+        fsync_dir(spool.claimed)
+        left = _cleared(aside)
+    return f"claimed/{row.payload} could not be removed: {left}" if left else ""
+
+
+def _cleared(folder: Path) -> str:
+    """Remove a folder that its producer may still change; why it is there still, if it is."""
+    try:
+        shutil.rmtree(folder)
+    except RecursionError:
+        return "it is nested too deeply"
+    except OSError as error:
+        return error.strerror or str(error)
     return ""
 
 
 def reap(spool: Spool, active_jobs: Container[JobId]) -> list[JobId]:
-    """Remove stages of jobs that are not active; a payload in one goes back to ``claimed/``.
+    """At start: remove stages of jobs that are not active, and what else a crash left half-done.
+
+    A payload in a stage goes back to ``claimed/``.
 
     Returns:
       The jobs whose stages were removed.
@@ -295,6 +354,10 @@ def reap(spool: Spool, active_jobs: Container[JobId]) -> list[JobId]:
       DiskFull: The disk takes no changes now.
 
     """
+    tidy(spool)
+    for entry in os.listdir(spool.claimed):
+        if entry.startswith(".") and entry.endswith(_RETIRED):
+            _cleared(spool.claimed / entry)
     reaped = []
     with full_disk_told():
         for entry in sorted(os.listdir(spool.stage)):

@@ -9,11 +9,13 @@ is never followed, opened or trusted beyond what lstat says.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import heapq
 import os
 import random
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,10 +25,10 @@ import structlog
 from msgspec.structs import replace
 
 from comfyd.core.facts import Claimed
-from comfyd.core.model import JobId, Outcome, Reason, Row, State
+from comfyd.core.model import JobId, Outcome, Reason, Row, State, Timeouts
 from comfyd.errors import DiskFull, JobFileError
-from comfyd.spool import jobfile
-from comfyd.spool.claimedfile import read_claimed
+from comfyd.spool import bundle, jobfile
+from comfyd.spool.claimedfile import Claim, opened_bundle, read_claim
 from comfyd.spool.layout import (
     ULID_BYTES,
     Spool,
@@ -39,6 +41,7 @@ from comfyd.spool.layout import (
     new_ulid,
     open_dir,
 )
+from comfyd.spool.library import pin, read_workflow, wrap
 
 BATCH: Final = 256  # claims between two pairs of folder fsyncs, and in one message
 WINDOW: Final = 4096  # entries one look considers, the oldest first: memory stays bounded
@@ -50,13 +53,17 @@ _log = structlog.get_logger("comfyd.spool")
 
 
 class Entry(NamedTuple):
-    """Something in ``new/`` as lstat saw it; equal as long as it is unchanged, sorts by age."""
+    """Something in ``new/`` as lstat saw it; equal as long as it is unchanged, sorts by age.
+
+    Of a folder, a look takes the newest ctime and the size of all that is in it.
+    """
 
     ctime_ns: int
     name: str
     inode: int
     size_bytes: int
     mtime_ns: int
+    folder: bool
 
 
 class Look(NamedTuple):
@@ -97,12 +104,13 @@ def _never(job: JobId) -> bool:
 
 
 class Intake:
-    """Claims files and makes their first rows; one thread at a time, but for ``adopt``.
+    """Claims files and bundles and makes their first rows; one thread at a time, but for ``adopt``.
 
     Args:
       settle_s: Without an event, an entry is taken once unchanged for so long.
       max_file_bytes: Nothing larger is read.
-      max_attempts: For jobs that do not say.
+      max_attempts, queue_timeout_s: For jobs that do not say.
+      workflows: The folder of named workflows, if there is one.
       next_seq: The next arrival number.
       draw: Makes, for one job, what draws its seeds: random integers of 50 bits or more.
       now_s: Seconds since the epoch, never going back (see ``comfyd.clock``).
@@ -117,6 +125,8 @@ class Intake:
         settle_s: float,
         max_file_bytes: int,
         max_attempts: int,
+        queue_timeout_s: float | None = None,
+        workflows: Path | None = None,
         next_seq: Callable[[], int],
         now_s: Callable[[], float],
         draw: Callable[[JobId], Callable[[], int]] = seeds_of,
@@ -127,33 +137,37 @@ class Intake:
         self.settle_s = settle_s
         self._max_file_bytes = max_file_bytes
         self._max_attempts = max_attempts
+        self._queue_timeout_s = queue_timeout_s
+        self._workflows = workflows
         self._next_seq = next_seq
         self._draw = draw
         self._now_s = now_s
         self._known = known
         self._random_bytes = random_bytes
         self._since_s: dict[Entry, float] = {}  # first seen so; WINDOW at most
-        self._unmovable: set[tuple[str, int]] = set()  # told of; forgotten when gone
+        # Told of, with their ctime: tried again when they change, forgotten when they are gone.
+        self._unmovable: dict[tuple[str, int], int] = {}
 
     # --- looking ---------------------------------------------------------------------------------
 
     def scan(self) -> Look:
         """Look at everything in ``new/``; only what is settled by now is ready."""
         now_s = self._now_s()
-        stuck: set[tuple[str, int]] = set()
+        known: dict[tuple[str, int], int] = {}
         total = 0
 
         def movable() -> Iterator[Entry]:
             nonlocal total
             for entry in self._entries():
                 total += 1
-                if (entry.name, entry.inode) in self._unmovable:
-                    stuck.add((entry.name, entry.inode))
-                else:
+                key = (entry.name, entry.inode)
+                if key in self._unmovable:
+                    known[key] = self._unmovable[key]
+                if not self._is_stuck(entry):
                     yield entry
 
-        oldest = heapq.nsmallest(WINDOW, movable())
-        self._unmovable = stuck
+        oldest = [self._whole(entry) for entry in heapq.nsmallest(WINDOW, movable())]
+        self._unmovable = known
         self._since_s = {entry: self._since_s.get(entry, now_s) for entry in oldest}
         left_s = {
             entry: since_s + self.settle_s - now_s for entry, since_s in self._since_s.items()
@@ -176,11 +190,15 @@ class Intake:
                     entry = _entry(name, os.stat(name, dir_fd=fd, follow_symlinks=False))
                 except FileNotFoundError:
                     continue
-                if (name, entry.inode) not in self._unmovable:
+                if not self._is_stuck(entry):
                     found.append(entry)
         finally:
             os.close(fd)
         return sorted(found)
+
+    def _is_stuck(self, entry: Entry) -> bool:
+        """Whether it could not be moved, and nobody did anything about it since."""
+        return entry.ctime_ns <= self._unmovable.get((entry.name, entry.inode), 0)
 
     def _entries(self) -> Iterator[Entry]:
         fd = open_dir(self.spool.new)
@@ -195,6 +213,20 @@ class Intake:
                         continue
         finally:
             os.close(fd)
+
+    def _whole(self, entry: Entry) -> Entry:
+        """*entry* as old as the youngest thing in it: a folder is filled after it is made."""
+        if not entry.folder:
+            return entry
+        try:
+            fd = open_dir(self.spool.new / entry.name)
+        except OSError:  # gone, another thing by now, or not for us: a claim will tell
+            return entry
+        try:
+            ctime_ns, size_bytes = bundle.newest(fd)
+        finally:
+            os.close(fd)
+        return entry._replace(ctime_ns=ctime_ns, size_bytes=size_bytes)
 
     # --- claiming --------------------------------------------------------------------------------
 
@@ -223,34 +255,56 @@ class Intake:
                 except OSError as error:
                     if error.errno not in _UNMOVABLE:
                         raise
-                    self._unmovable.add((entry.name, entry.inode))
-                    unmovable.append(f"{entry.name!r} in new/ cannot be moved: {error.strerror}")
+                    key = (entry.name, entry.inode)
+                    if key not in self._unmovable:
+                        what = f"{entry.name!r} in new/ cannot be moved: {error.strerror}"
+                        remedy = "; let its group write it (chmod -R g+rwX)" if entry.folder else ""
+                        unmovable.append(what + remedy)
+                    self._unmovable[key] = entry.ctime_ns
                 else:
                     moved.append((payload, max(0.0, now_s - entry.ctime_ns / 1e9)))
             if moved:
                 os.fsync(claimed_fd)
                 os.fsync(new_fd)
             claims, pickup_s = [], []
+            full: DiskFull | None = None
             for payload, waited_s in moved:
-                if (row := self._row(claimed_fd, payload)) is not None:
+                try:
+                    row = self._row(claimed_fd, payload)
+                except DiskFull as error:
+                    full = error
+                    _give_back(payload, claimed_fd, new_fd)
+                    continue
+                if row is not None:
                     claims.append(Claimed(row=row))
                     pickup_s.append(waited_s)
+            if full is not None and not claims:
+                raise full
         finally:
             os.close(new_fd)
             os.close(claimed_fd)
         return Taken(claims, pickup_s, unmovable)
 
     def adopt(self, names: Iterable[str]) -> Taken:
-        """Make rows for files in ``claimed/`` that have none: their ids are in their names."""
+        """Make rows for what is in ``claimed/`` without one: the ids are in the names.
+
+        Raises:
+          DiskFull: Nothing came of it; try again when there is space.
+
+        """
         claims, odd = [], []
         claimed_fd = open_dir(self.spool.claimed)
         try:
             for payload in names:
                 if ignored(payload):
                     continue
-                if not is_job_id(job_of(payload)):
+                job = job_of(payload)
+                if not is_job_id(job):
                     odd.append(f"{payload!r} in claimed/ is none of ours and is left alone")
-                elif (row := self._row(claimed_fd, payload)) is not None:
+                    continue
+                # A try that found the disk full may have made it a bundle already.
+                row = self._row(claimed_fd, payload) or self._row(claimed_fd, job)
+                if row is not None:
                     claims.append(Claimed(row=row))
         finally:
             os.close(claimed_fd)
@@ -258,13 +312,17 @@ class Intake:
 
     def _move(self, entry: Entry, new_fd: int, claimed_fd: int, now_s: float) -> str:
         ulid = new_ulid(now_s, self._random_bytes(ULID_BYTES))
-        payload = job_id_for(entry.name, ulid, used=self._used) + extension_of(entry.name)
+        if entry.folder:  # a dot in its name is part of the name
+            payload: str = job_id_for(f"{entry.name}.folder", ulid, used=self._used)
+        else:
+            payload = job_id_for(entry.name, ulid, used=self._used) + extension_of(entry.name)
         os.rename(entry.name, payload, src_dir_fd=new_fd, dst_dir_fd=claimed_fd)
         return payload
 
     def _used(self, job: JobId) -> bool:
         spool = self.spool
         places: tuple[Path, ...] = (
+            spool.claimed / job,
             spool.claimed / f"{job}.json",
             spool.claimed / f"{job}.yaml",
             spool.stage / job,
@@ -276,17 +334,25 @@ class Intake:
     # --- reading ---------------------------------------------------------------------------------
 
     def _row(self, claimed_fd: int, payload: str) -> Row | None:
-        """The first row of a claimed file; None if it is gone, by an operator's hand."""
+        """The first row of what was claimed; None if it is gone, by an operator's hand.
+
+        Raises:
+          DiskFull: There is no space for the workflow that it names.
+
+        """
         sha256 = message = ""
         document = None
         try:
-            data = read_claimed(claimed_fd, payload, max_bytes=self._max_file_bytes)
-            sha256 = hashlib.sha256(data).hexdigest()
-            document = self._judge(data, payload)
+            claim = read_claim(claimed_fd, payload, max_bytes=self._max_file_bytes)
+            sha256 = claim.sha256
+            lent: dict[str, bytes] = {}
+            document = self._judge(claim, claimed_fd, payload, lent)
+            for name, data in lent.items():
+                payload, sha256 = self._keep(claimed_fd, payload, claim, name, data)
         except FileNotFoundError:
             return None
         except JobFileError as error:
-            message = error.message
+            document, message = None, error.message
         common = Row(
             job=job_of(payload),
             seq=self._next_seq(),
@@ -298,19 +364,44 @@ class Intake:
         if document is None:
             outcome = Outcome(state=State.FAILED, reason=Reason.INVALID_JOB, message=message)
             return replace(common, state=State.COLLECTING, outcome=outcome)
+        queue_s = self._queue_timeout_s if document.queue_s is None else document.queue_s
         return replace(
             common,
             priority=document.priority,
+            key=document.key,
             metadata=document.metadata,
             drawn=document.drawn,
             warnings=document.warnings,
             max_attempts=document.max_attempts or self._max_attempts,
+            accept_partial=document.accept_partial,
+            queue_s=queue_s,
+            queue_by=None if queue_s is None else common.claimed_at + queue_s,
+            timeouts=Timeouts(run_s=document.run_s, stall_s=document.stall_s),
         )
 
-    def _judge(self, data: bytes, payload: str) -> jobfile.JobDocument:
+    def _judge(
+        self, claim: Claim, claimed_fd: int, payload: str, lent: dict[str, bytes]
+    ) -> jobfile.JobDocument:
+        """The job in *claim*; a workflow it was lent by the folder of workflows is in *lent*."""
+
+        def named(name: str) -> bytes:
+            if claim.pieces is not None and name in claim.pieces:
+                with opened_bundle(claimed_fd, payload) as fd:
+                    return bundle.read_piece(fd, name, claim.pieces[name])
+            if self._workflows is None:
+                raise jobfile.not_found(name)
+            lent[name] = read_workflow(self._workflows, name, max_bytes=self._max_file_bytes)
+            return lent[name]
+
         try:
-            return jobfile.load(data, payload, draw=self._draw(job_of(payload)))
-        except JobFileError:
+            return jobfile.load(
+                claim.document,
+                claim.name,
+                draw=self._draw(job_of(payload)),
+                beside=claim.beside,
+                named=named,
+            )
+        except (JobFileError, OSError):
             raise
         except Exception as error:
             # Our own bug, but this file must not kill the daemon again at every start.
@@ -319,6 +410,27 @@ class Intake:
                 f"comfyd failed to read this file ({type(error).__name__}); please report it."
             ) from error
 
+    def _keep(
+        self, claimed_fd: int, payload: str, claim: Claim, name: str, data: bytes
+    ) -> tuple[str, str]:
+        """Copy a lent workflow beside the job, which then is a bundle: its payload and hash."""
+        if claim.pieces is None:
+            payload = wrap(claimed_fd, payload)
+            document = "job.yaml" if jobfile.is_yaml(claim.name) else "job.json"
+            sha256s = {document: claim.sha256}
+        else:
+            sha256s = {each: piece.sha256 for each, piece in claim.pieces.items()}
+        pin(claimed_fd, payload, name, data)
+        return payload, bundle.digest({**sha256s, name: hashlib.sha256(data).hexdigest()})
+
+
+def _give_back(payload: str, claimed_fd: int, new_fd: int) -> None:
+    """Back to ``new/``, under its job's name: it is taken again when there is space."""
+    for name in (payload, job_of(payload)):  # which it has become if it was made a bundle
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(name, name, src_dir_fd=claimed_fd, dst_dir_fd=new_fd)
+
 
 def _entry(name: str, found: os.stat_result) -> Entry:
-    return Entry(found.st_ctime_ns, name, found.st_ino, found.st_size, found.st_mtime_ns)
+    folder = stat.S_ISDIR(found.st_mode)
+    return Entry(found.st_ctime_ns, name, found.st_ino, found.st_size, found.st_mtime_ns, folder)

@@ -107,7 +107,7 @@ def test_a_family_of_errors_has_a_code_too(site: Site, monkeypatch: pytest.Monke
         ("submit", "x.json", "--timeout", "5s"),
         ("submit", "x.json", "--set", "novalue"),
         ("submit", "x.json", "--set", "1.a=1", "--set", "1.a=2"),
-        ("submit", "x.json", "--file", "1.image=x.png"),
+        ("submit", "x.json", "--file", "1.image"),
         ("submit", "-", "-"),
         ("simulate", "--fault", "bogus"),
         ("simulate", "--port", "65536"),

@@ -15,6 +15,8 @@ import trio
 from comfyd.cli import wait
 from comfyd.core.model import JobId, Outcome, Row, Staged, State
 from comfyd.journal.lock import StateLock
+from comfyd.journal.sqlite import SqliteStore
+from comfyd.journal.store import Alias, Batch, Insert
 from tests.cli.conftest import GRAPH, Serve, Site
 
 
@@ -166,3 +168,54 @@ async def test_a_consumer_may_take_results_away_while_we_wait(site: Site, daemon
     consumer.join(5)
     assert code == 0
     assert {folder.name for folder in taken.iterdir()} == set(out.split())
+
+
+KEYED = {"workflow": GRAPH, "key": "nightly-1"}
+
+
+async def test_what_was_absorbed_is_followed_to_the_job_that_it_is(site: Site, daemon: Serve):
+    path = site.file("fox.json", KEYED)
+    other = site.file("cat.json", {**KEYED, "priority": 1})
+    async with daemon() as simulator:
+        first, second = await trio.to_thread.run_sync(
+            lambda: [site("submit", path, "--wait", "--timeout", "20s") for _ in range(2)]
+        )
+        third = await trio.to_thread.run_sync(
+            lambda: site("submit", other, "--wait", "--timeout", "20s")
+        )
+        name = second[1].strip()
+        story = await trio.to_thread.run_sync(lambda: site.json("show", name))
+        assert simulator.posts.total() == 1
+    job = first[1].strip()
+    assert (first[0], second[0]) == (0, 0)
+    assert f"{name}: done as {job} in " in second[2]
+    assert story["job"] == job
+    assert third[0] == 1
+    assert f"Job {job} has the same key and other content" in third[2]
+    assert list(site.spool.claimed.iterdir()) == []
+
+
+def test_without_a_daemon_the_journal_tells_what_was_absorbed(site: Site):
+    job = JobId("fox.01K0000000000000000000000A")
+    done = Row(job=job, seq=1, state=State.DONE, key="nightly-1", published_at=1.0, retired=True)
+
+    def play() -> None:
+        while not (found := list(site.spool.new.iterdir())):
+            time.sleep(0.01)
+        alias = Alias(name=JobId(found[0].stem), job=job)
+        store = SqliteStore.open(site.home / "state" / "comfyd.db")
+        with StateLock(site.home / "state" / "lock").acquire():
+            assert all(store.commit(Batch(changes=(Insert(row=done), alias))))
+            store.close()
+
+    thread = threading.Thread(target=play, daemon=True)
+    (site.spool.done / job).mkdir()
+    (site.spool.done / job / "result.json").write_text(json.dumps(DONE))
+    thread.start()
+    path = site.file("fox.json", KEYED)
+    code, out, _ = site("submit", path, "--wait", "--json", "--timeout", "20s")
+    thread.join(5)
+    assert code == 0
+    [told] = json.loads(out)["jobs"]
+    assert (told["known_as"], told["folder"]) == (job, str(site.spool.done / job))
+    assert told["job"] != job

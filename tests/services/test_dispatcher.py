@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
@@ -14,7 +15,8 @@ from trio.testing import MockClock
 from comfyd.core import facts, orders
 from comfyd.core.engine import Engine
 from comfyd.core.facts import Claimed, Hint, QueueSeen, Sign, Token
-from comfyd.core.model import JobId, PromptId, Row, ServerName, State
+from comfyd.core.keys import Absorbed
+from comfyd.core.model import JobId, PromptId, Reason, Row, ServerName, State
 from comfyd.core.notes import Note
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server
@@ -61,6 +63,7 @@ class Rig:
         self.performed: list[tuple[float, orders.JobOrder, State]] = []
         self.notes: list[Note] = []
         self.refused = 0
+        self.absorbed: list[Absorbed] = []
         self.dispatcher = Dispatcher(
             self.engine,
             self.inbox,
@@ -70,6 +73,7 @@ class Rig:
             observe=self.notes.extend,
             on_deadline=self.auditor.set_deadline,
             on_refused=self.refuse,
+            on_absorbed=self.absorbed.append,
             draw=lambda: 0.0,
         )
 
@@ -231,6 +235,124 @@ async def test_a_fact_that_a_full_disk_keeps_from_the_journal_has_not_been_dealt
         await rig.dispatcher.settled(rig.inbox.leave(claim))
         assert trio.current_time() - began_s == pytest.approx(6)
         assert rig.disk.get(J) == claim.row
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def keyed(seq: int, name: str, sha256: str = "1", *, key: str = "k") -> Claimed:
+    payload = f"{name}.json"
+    return Claimed(row=Row(job=JobId(name), seq=seq, key=key, sha256=sha256, payload=payload))
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_the_same_again_is_absorbed_and_its_name_leads_to_the_job(
+    autojump_clock: MockClock, together: bool
+) -> None:
+    async with running() as rig:
+        rig.ready()
+        for claims in (
+            [[keyed(1, "fox"), keyed(2, "fox2"), keyed(3, "cat", key="c"), keyed(4, "fox3")]]
+            if together
+            else [[keyed(1, "fox")], [keyed(2, "fox2")], [keyed(3, "cat", key="c")],
+                  [keyed(4, "fox3")]]
+        ):  # fmt: skip
+            await rig.inbox.claim(claims)
+            await trio.sleep(0.1)
+        assert [(each.row.job, each.into) for each in rig.absorbed] == [("fox2", J), ("fox3", J)]
+        assert rig.disk.rows_by_job.keys() == {"fox", "cat"}
+        assert [row.job for row in rig.disk.find("fox3")] == [J]
+        told = [event.data for event in rig.disk.events(J) if event.kind == "absorbed"]
+        assert told == [{"name": "fox2"}, {"name": "fox3"}]
+        assert {order.row.job for _, order, _ in rig.performed} == {"fox", "cat"}
+
+
+async def test_an_alias_that_is_known_already_is_no_error(autojump_clock: MockClock) -> None:
+    """As after a crash between the alias and the removal of the file."""
+    async with running() as rig:
+        rig.ready()
+        await rig.inbox.claim([keyed(1, "fox")])
+        await trio.sleep(0.1)
+        for seq in (2, 3):
+            await rig.inbox.claim([keyed(seq, "fox2")])
+            await trio.sleep(0.1)
+        assert [each.row.job for each in rig.absorbed] == ["fox2", "fox2"]
+
+
+async def test_what_a_forgotten_job_was_to_absorb_is_not_cleared_away(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running() as rig:
+        ghost = keyed(1, "ghost").row
+        monkeypatch.setattr(rig.disk, "keyed", lambda key: ghost)
+        await rig.inbox.claim([keyed(2, "fox2")])
+        await trio.sleep(0.1)
+        assert rig.disk.batches
+        assert rig.absorbed == []
+
+
+async def test_absorbed_is_told_only_after_the_commit(autojump_clock: MockClock) -> None:
+    async with running() as rig:
+        rig.ready()
+        await rig.inbox.claim([keyed(1, "fox")])
+        await trio.sleep(0.1)
+        rig.disk.full = 3
+        await rig.inbox.claim([keyed(2, "fox2")])
+        await trio.sleep(5)
+        assert rig.absorbed == []
+        await trio.sleep(2)
+        assert [each.row.job for each in rig.absorbed] == ["fox2"]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_the_same_key_with_other_content_fails_and_leaves_the_first_alone(
+    autojump_clock: MockClock, together: bool
+) -> None:
+    async with running() as rig:
+        await rig.inbox.claim([keyed(1, "fox")])
+        if not together:
+            await trio.sleep(0.1)
+        await rig.inbox.claim([keyed(2, "fox2", "2"), keyed(3, "fox3"), keyed(4, "fox4", "2")])
+        await trio.sleep(0.1)
+        for name in ("fox2", "fox4"):
+            row = rig.disk.get(JobId(name))
+            assert row is not None
+            assert (row.state, row.key) == (State.COLLECTING, None)
+            assert row.outcome is not None
+            assert row.outcome.reason is Reason.CONFLICT
+        assert [each.row.job for each in rig.absorbed] == ["fox3"]
+        holder = rig.disk.keyed("k")
+        assert holder is not None
+        assert holder.job == J
+
+
+async def test_a_retry_takes_the_key_over(autojump_clock: MockClock) -> None:
+    async with running() as rig:
+        retry = msgspec.structs.replace(keyed(2, "again").row, retry_of=J)
+        await rig.inbox.claim([keyed(1, "fox"), Claimed(row=retry), keyed(3, "fox3")])
+        await trio.sleep(0.1)
+        assert rig.disk.rows_by_job.keys() == {"fox", "again"}
+        assert [each.into for each in rig.absorbed] == ["again"]
+
+
+async def test_who_is_stopped_before_the_commit_clears_nothing_away(
+    autojump_clock: MockClock,
+) -> None:
+    disk = Disk()
+    async with Journal(lambda: disk, inline=True) as journal:
+        rig = Rig(journal, disk)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.dispatcher.run)
+            await rig.inbox.claim([keyed(1, "fox")])
+            await trio.sleep(0.1)
+            disk.full = 1000
+            await rig.inbox.claim([keyed(2, "fox2")])
+            await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+        disk.full = 0
+        await rig.dispatcher.flush()
+    assert rig.absorbed == []
+    assert disk.find("fox2") == ()
 
 
 # --- the inbox -----------------------------------------------------------------------------------

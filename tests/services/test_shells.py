@@ -231,7 +231,7 @@ async def test_a_post_without_a_committed_intent_is_a_bug(tmp_path):
 async def test_drawn_numbers_are_sent_as_they_were_recorded(tmp_path):
     async with rigged(tmp_path) as rig:
         row = rig.row({"workflow": graph(), "set": {"1.color": "random"}}, drawn={"1.color": 4711})
-        body = json.loads(submitter.body_of(rig.spool, row, unique_prefix=True))
+        body = json.loads(submitter.read_job(rig.spool, row).body(unique_prefix=True))
         assert body["prompt"]["1"]["inputs"]["color"] == 4711
         assert body["prompt"]["9"]["inputs"]["filename_prefix"] == f"comfyd/{J}-1/x"
         assert body["extra_data"]["comfyd"] == {"job": J, "attempt": 1}

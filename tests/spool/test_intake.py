@@ -162,14 +162,14 @@ def make_sparse(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     path.mkdir()
-    (path / "job.json").write_bytes(GRAPH)
+    (path / "photo.png").write_bytes(b"no job")
 
 
 ODD: dict[str, tuple[Callable[[Path], None], str]] = {
     "symlink": (lambda path: path.symlink_to("/etc/hostname"), "symbolic link"),
     "dangling": (lambda path: path.symlink_to("nowhere"), "symbolic link"),
     "loop": (lambda path: path.symlink_to(path), "symbolic link"),
-    "folder": (make_folder, "not bundles"),
+    "folder": (make_folder, "no job.yaml or job.json"),
     "fifo": (os.mkfifo, "no regular file"),
     "socket": (make_socket, "no regular file"),
     "hard link": (make_hard_link, "hard links"),
@@ -278,6 +278,25 @@ def test_what_cannot_be_moved_is_told_once_and_left(
     assert intake.scan().ready == []
     (humble_spool.new / "x").mkdir(0o500)
     assert len(intake.scan().ready) <= 1  # told again, unless it got the same inode
+
+
+def test_what_can_be_moved_after_all_is_taken(humble_spool: Spool, make_intake: MakeIntake) -> None:
+    intake = make_intake(humble_spool, settle_s=0)
+    folder = humble_spool.new / "x"
+    folder.mkdir()
+    (folder / "job.json").write_bytes(GRAPH)
+    folder.chmod(0o500)
+    (told,) = intake.claim(intake.scan().ready).unmovable
+    assert "chmod -R g+rwX" in told
+    before = folder.stat().st_ctime_ns
+    while folder.stat().st_ctime_ns <= before:  # until the file system's clock moved on
+        folder.chmod(0o550)
+    assert intake.claim(intake.scan().ready) == Taken([], [], [])  # told once
+    before = folder.stat().st_ctime_ns
+    while folder.stat().st_ctime_ns <= before:
+        folder.chmod(0o770)
+    (row,) = rows(intake.claim(intake.scan().ready))
+    assert row.state is State.QUEUED
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])

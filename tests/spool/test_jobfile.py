@@ -109,15 +109,10 @@ def test_the_same_bytes_and_draws_give_the_same_graph() -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"files": {}}, "files: this version of comfyd does not support"),
-        ({"timeouts": {}}, "timeouts: this version of comfyd does not support"),
-        ({"key": "x"}, "key: this version of comfyd does not support"),
-        ({"on_partial": "accept"}, "on_partial: this version"),
-        ({"workflow": "portrait.json"}, "workflow: this version"),
-        ({"workflow": None}, "workflow: Expected object, got null."),
+        ({"workflow": None}, "workflow: Expected"),
         ({"workflow": {"nodes": [], "links": []}}, "Export Workflow (API)"),
         ({"priorty": 1}, 'unknown key "priorty"; did you mean priority?'),
-        ({"zzz": 1}, "known keys are workflow, set, priority"),
+        ({"zzz": 1}, "known keys are workflow, set, files, priority"),
         ({"priority": "5"}, "priority: Expected int, got str."),
         ({"priority": True}, "priority: Expected int, got bool."),
         ({"priority": 1.5}, "priority: Expected int, got float."),
@@ -134,6 +129,96 @@ def test_the_same_bytes_and_draws_give_the_same_graph() -> None:
 )
 def test_wrong_job_documents(keys: dict[str, Any], says: str) -> None:
     assert says in refusal({"workflow": GRAPH, **keys})
+
+
+# --- what lies beside it -------------------------------------------------------------------------
+
+BESIDE = {"photo.png", "in/mask.png"}
+
+
+def named(name: str) -> bytes:
+    return json.dumps({"a.json": GRAPH, "body.json": REQUEST}[name]).encode()
+
+
+REQUEST = {"prompt": GRAPH, "client_id": "me", "extra_data": {"a": 1}, "later": 2}
+
+
+def test_files_of_the_bundle_are_for_inputs_of_the_graph() -> None:
+    files = {"6.text": "photo.png", "KSampler.seed": "in/mask.png"}
+    job = load({"workflow": GRAPH, "files": files}, beside=BESIDE)
+    assert job.files == {("6", "text"): "photo.png", ("3", "seed"): "in/mask.png"}
+    assert job.graph == GRAPH
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"files": {"6.text": "photo.pgn"}}, 'Did you mean "photo.png"?'),
+        ({"files": {"6.text": "../photo.png"}}, "must be a plain relative name"),
+        ({"files": {"6.text": "/etc/shadow"}}, "must be a plain relative name"),
+        ({"files": {"6.text": "./photo.png"}}, "must be a plain relative name"),
+        ({"files": {"6.text": "a\\nb"}}, "is not in the bundle"),
+        ({"files": {"6.text": ""}}, "must be a plain relative name"),
+        ({"files": {"6.txt": "photo.png"}}, 'files: "6.txt": node "6" ("CLIPTextEncode") has no'),
+        ({"files": {"7.image": "photo.png"}}, 'files: "7.image": no node has that id or title'),
+        ({"files": {"image": "photo.png"}}, "must read NODE.INPUT"),
+        (
+            {"files": {"3.seed": "photo.png", "KSampler.seed": "in/mask.png"}},
+            'files: "3.seed" and "KSampler.seed" name the same input',
+        ),
+        (
+            {"files": {"3.seed": "photo.png"}, "set": {"KSampler.seed": 5}},
+            'set and files both give "KSampler.seed" a value',
+        ),
+        ({"files": {"6.text": 5}}, "Expected str, got int"),
+        ({"files": ["photo.png"]}, "files: Expected object, got array."),
+        ({"files": {f"{n}.x": "photo.png" for n in range(101)}}, "length <= 100"),
+        ({"timeouts": {"run": "0s"}}, "timeouts.run must be a time from 1s to 3650d"),
+        ({"timeouts": {"run": "999ms"}}, "such as 90s, 30m or 2h"),
+        ({"timeouts": {"stall": 30}}, "not 30."),
+        ({"timeouts": {"queue": "4000d"}}, 'not "4000d"'),
+        ({"timeouts": {"queue": None}}, "not None"),
+        ({"timeouts": {"queu": "1h"}}, 'unknown key "queu"; known keys are queue, run, stall'),
+        ({"timeouts": "1h"}, "timeouts: Expected object, got str."),
+        ({"on_partial": "maybe"}, "on_partial: Invalid enum value 'maybe'."),
+        ({"key": ""}, "key must be 1 to 200 printable characters"),
+        ({"key": "x" * 201}, "this one has 201."),
+        ({"key": "a\nb"}, "not all of them printable"),
+        ({"key": 42}, "key: Expected"),
+        ({"workflow": "portrait.json"}, "no folder of workflows is configured"),
+        ({"workflow": 5}, "workflow: Expected"),
+    ],
+)
+def test_what_a_job_document_may_not_ask_for(keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(JobFileError) as caught:
+        load({"workflow": GRAPH, **keys}, beside=BESIDE)
+    assert says in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_single_file_has_no_files_beside_it() -> None:
+    assert "drop the folder" in refusal({"workflow": GRAPH, "files": {"6.text": "photo.png"}})
+    assert load({"workflow": GRAPH, "files": {}}) == load(GRAPH)
+
+
+def test_timeouts_are_seconds() -> None:
+    job = load({"workflow": GRAPH, "timeouts": {"queue": "1h", "run": "1.5m", "stall": "1s"}})
+    assert (job.queue_s, job.run_s, job.stall_s) == (3600.0, 90.0, 1.0)
+    assert load({"workflow": GRAPH, "timeouts": {}}) == load(GRAPH)
+
+
+def test_partial_prompts_and_keys() -> None:
+    job = load({"workflow": GRAPH, "on_partial": "accept", "key": "nightly-0042 ü"})
+    assert (job.accept_partial, job.key) == (True, "nightly-0042 ü")
+    assert not load({"workflow": GRAPH, "on_partial": "fail"}).accept_partial
+
+
+def test_a_named_workflow_is_filled_in_like_any_other() -> None:
+    job = load({"workflow": "a.json", "set": {"6.text": "fox"}}, named=named)
+    assert job.graph["6"]["inputs"] == {"text": "fox"}
+    body = load({"workflow": "body.json", "priority": 2}, named=named)
+    assert (body.graph, body.extra_data, body.priority) == (GRAPH, {"a": 1}, 2)
+    assert [warning.split()[0] for warning in body.warnings] == ["client_id", "dropped"]
 
 
 # --- YAML ----------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ class Rig:
             perform=self.perform,
             observe=lambda notes: None,
             on_deadline=self.auditor.set_deadline,
+            on_absorbed=lambda absorbed: None,
             draw=lambda: 0.0,
         )
         self.presence: Callable[[Row], tuple[Presence, End | None]] = lambda row: (
