@@ -82,14 +82,18 @@ async def test_the_name_that_the_server_returns_is_the_one_used(tmp_path):
         assert f'"image":"{renamed}"' in job.body(unique_prefix=False).decode()
 
 
+def not_uploaded(reason: str) -> facts.NotSent:
+    return facts.NotSent(token=Token(J, 1, 1), operation="upload", reason=reason)
+
+
 @pytest.mark.parametrize(
     ("fault", "answer"),
     [
-        ("upload-fail=400", facts.NotSent(token=Token(J, 1, 1), reason="status")),
-        ("upload-fail=403", facts.NotSent(token=Token(J, 1, 1), reason="status")),
-        ("upload-fail=500", facts.NotSent(token=Token(J, 1, 1), reason="status")),
-        ("upload-fail=503", facts.NotSent(token=Token(J, 1, 1), reason="status")),
-        ("half-open=http", facts.NotSent(token=Token(J, 1, 1), reason="unreachable")),
+        ("upload-fail=400", not_uploaded("status")),
+        ("upload-fail=403", not_uploaded("status")),
+        ("upload-fail=500", not_uploaded("status")),
+        ("upload-fail=503", not_uploaded("status")),
+        ("half-open=http", not_uploaded("unreachable")),
     ],
 )
 async def test_after_a_failed_upload_nothing_is_posted(tmp_path, fault, answer):
@@ -97,7 +101,6 @@ async def test_after_a_failed_upload_nothing_is_posted(tmp_path, fault, answer):
         row = bundled(rig)
         rig.simulator.faults.set(fault)
         assert await rig.submit(row) == answer
-        assert len(rig.retries) == 1
         assert not rig.simulator.posts
         rig.simulator.faults.clear()
         assert isinstance(await rig.submit(row), facts.Accepted)
@@ -107,8 +110,7 @@ async def test_a_server_that_is_gone_got_nothing(tmp_path):
     async with rigged(tmp_path) as rig:
         row = bundled(rig)
         rig.simulator.kill()
-        assert await rig.submit(row) == facts.NotSent(token=Token(J, 1, 1), reason="refused")
-        assert rig.retries == ["ServerRefused"]
+        assert await rig.submit(row) == not_uploaded("refused")
 
 
 async def test_a_file_that_is_too_large_for_the_server_is_explained(tmp_path):
@@ -120,7 +122,6 @@ async def test_a_file_that_is_too_large_for_the_server_is_explained(tmp_path):
         assert "--max-upload-size" in answer.message
         assert answer.detail == {"status": 413}
         assert not rig.simulator.posts
-        assert rig.retries == []
 
 
 async def test_a_bundle_that_changed_or_vanished_cannot_be_sent(tmp_path):
