@@ -705,7 +705,7 @@ class Engine:
             for server in list(self.servers.values()):
                 self.fleet.put(server.cleared_of(job))
         elif (blamed := self.servers.get(ServerName(note.server or ""))) is not None:
-            self.fleet.put(blamed.struck(job))
+            self.fleet.put(blamed.struck(job, card=note.data["blame"] == "card"))
 
     def _space(self, fact: SpaceSeen, now_s: float, u: float) -> None:
         was, self.space = self.space, fact.enough

@@ -110,7 +110,7 @@ class Fleet:
     def trouble(self, name: ServerName, now_s: float) -> str:
         """Why a server that answers is given nothing more, as a sentence; "" if all is well."""
         server = self.servers[name]
-        if len(server.strikes) >= self.policy.sick_after:
+        if self._is_sick(server):
             return (
                 f"The last {len(server.strikes)} jobs failed here, and not by their own fault: look"
                 f" at its card and its log, restart ComfyUI, or run: comfyd resume {name}"
@@ -123,6 +123,20 @@ class Fleet:
             if watch.fence.server == name and watch.is_stubborn(self.policy, now_s=now_s):
                 return "A prompt that was to be stopped goes on; restart ComfyUI if it never ends."
         return ""
+
+    def _is_sick(self, server: Server) -> bool:
+        """Whether too many jobs in a row failed there. Where not all of them spoke of the card, and
+        every other server has as many to its name, it is the jobs: cards do not fall ill together.
+        """
+        most = self.policy.sick_after
+        if len(server.strikes) < most or sum(card for _, card in server.strikes) >= most:
+            return len(server.strikes) >= most
+        others = [
+            other
+            for other in self.servers.values()
+            if other.name != server.name and not other.refusal and not other.draining
+        ]
+        return not others or any(len(other.strikes) < most for other in others)
 
     def is_usable(self, server: Server, now_s: float) -> bool:
         """Whether something may be sent there now, as far as the server is concerned."""

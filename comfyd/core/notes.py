@@ -18,7 +18,7 @@ Kind = Literal[
     "ended",  # source, missed: cause or None
     "lost",  # cause, charged: how many attempts are held against the job for it
     "charged",  # charged: the same without a loss, reason
-    "blamed",  # blame: whose fault a failure is, server or job
+    "blamed",  # blame: whose fault a failure is: card, server (perhaps) or job
     "finished",  # outcome, reason, durations
     "dropped",  # reason: a fact that was ignored
     "fetched",  # outputs, bytes

@@ -25,7 +25,8 @@ class Server:
       listen_by_s: Until then a missing connection is given time to come (back) before prompts are
         sent that nobody would hear of.
       draining: A person asked to send nothing more.
-      strikes: Jobs in a row that failed here in ways that may be the server's fault.
+      strikes: Jobs in a row that failed here in ways that may be the server's fault, and whether
+        they spoke of its card.
       idle_since_s: Since when prompts wait there and none runs; None while that is not so.
       wedged: That lasted too long: its worker is dead, until it is seen at work or restarts.
       unfit_since_s: Since when it could not be used, for whatever reason; None while it can.
@@ -45,7 +46,7 @@ class Server:
     run_average_s: float | None = None
     listen_by_s: float = 0.0
     draining: bool = False
-    strikes: tuple[JobId, ...] = ()
+    strikes: tuple[tuple[JobId, bool], ...] = ()
     idle_since_s: float | None = None
     wedged: bool = False
     unfit_since_s: float | None = None
@@ -60,13 +61,14 @@ class Server:
     def hearing(self) -> bool:
         return self.client_id is not None and not self.stalled
 
-    def struck(self, job: JobId) -> Server:
+    def struck(self, job: JobId, *, card: bool) -> Server:
         """*job* failed here, and it may be the server's fault."""
-        return self if job in self.strikes else replace(self, strikes=(*self.strikes, job))
+        cleared = self.cleared_of(job)
+        return replace(cleared, strikes=(*cleared.strikes, (job, card)))
 
     def cleared_of(self, job: JobId) -> Server:
         """*job* fails elsewhere too: that was no fault of this server."""
-        return replace(self, strikes=tuple(other for other in self.strikes if other != job))
+        return replace(self, strikes=tuple(each for each in self.strikes if each[0] != job))
 
     def at_work(self) -> Server:
         """A prompt was seen to run here."""

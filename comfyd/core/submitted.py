@@ -235,7 +235,9 @@ def blamed(job: Job, outcome: Outcome, record: Record, ctx: Context) -> tuple[No
         return ()
     if verdicts.raised_before(job.row):
         return (noted(job, "blamed", story=False, blame="job"),)
-    if ctx.elsewhere or verdicts.blames_the_card(record.failure):
+    if verdicts.blames_the_card(record.failure):
+        return (noted(job, "blamed", story=False, blame="card"),)
+    if ctx.elsewhere:
         return (noted(job, "blamed", story=False, blame="server"),)
     return ()
 

@@ -16,10 +16,9 @@ from comfyd.core.model import NodeFailure, Outcome, Reason, Row, ServerName
 
 # How torch and ROCm say that the card, its driver or its memory failed, whatever was computed.
 _CARD: Final = re.compile(
-    r"\b(?:CUDA|cuDNN|cuBLAS|HIP|hipBLAS|NCCL|MPS|XPU|DirectML|Level Zero)\b"
-    r"|out of memory|OutOfMemory|illegal memory access|no kernel image|device-side assert"
-    r"|GPU is lost|device lost|NVML|ECC error|driver shutting down",
-    re.IGNORECASE,
+    r"\b(?:CUDA|cuda|cuDNN|CUDNN|cuBLAS|CUBLAS|HIP|hipBLAS|NCCL|NVML|MPS|XPU|DirectML|Level Zero)\b"
+    r"|(?i:out of memory|OutOfMemory|illegal memory access|no kernel image|device-side assert)"
+    r"|(?i:GPU is lost|device lost|ECC error|driver shutting down)"
 )
 
 

@@ -11,6 +11,7 @@ import pytest
 from comfyd.core import facts, model, orders
 from comfyd.core.engine import LOOK_AHEAD, Batch, Engine
 from comfyd.core.facts import Hint, Presence, Sign, Token
+from comfyd.core.job import Ask
 from comfyd.core.model import JobId, PromptId, Record, Row, ServerName, Staged, State, prompt_id_of
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server
@@ -377,3 +378,88 @@ def test_auto_windows_follow_the_recent_pace():
         facts.Fetched(token=rig.token("a"), result=facts.FetchResult.FOUND, record=record)
     )
     assert len(names(given)) == 5  # six may be there now: one runs, five wait 500 ms together
+
+
+# --- sick cards and bad batches ------------------------------------------------------------------
+
+CUDA = "CUDA error: an illegal memory access was encountered"
+
+
+def raised(message: str) -> Record:
+    failure = model.NodeFailure(
+        node="3", node_type="KSampler", exception_type="RuntimeError", message=message
+    )
+    return Record(end=model.End.ERROR, failure=failure)
+
+
+def end(rig: Rig, names: list[JobId], record: Record) -> None:
+    """The prompts of *names* end, wherever they run, all at the same moment."""
+    for name in names:
+        row = rig.engine.jobs[name].row
+        if row.state is State.SUBMITTING:
+            rig.accept(name)
+        assert row.server is not None
+        rig.tell(
+            Hint(
+                server=row.server,
+                prompt_id=prompt_id_of(row.job, row.attempt),
+                sign=Sign.ENDED,
+            )
+        )
+    told: list[facts.Fact] = []
+    for name in names:
+        token = rig.token(name)
+        if rig.engine.jobs[name].live.order is Ask.STOP:
+            told.append(facts.Probed(token=token, presence=Presence.FINISHED, record=record))
+        else:
+            result = facts.FetchResult.FOUND
+            told.append(facts.Fetched(token=token, result=result, record=record))
+    rig.tell(*told)
+
+
+def here(rig: Rig, *servers: ServerName) -> list[JobId]:
+    return [job for server in servers for job in rig.engine.on_server[server]]
+
+
+@pytest.mark.parametrize("message", [CUDA, "shapes differ"])
+def test_a_sick_card_is_given_five_jobs_and_none_fails_for_it(message):
+    rig = Rig(1, 1)
+    rig.drop(*(f"j{i:02}" for i in range(20)))
+    seen = 0
+    while on_a := here(rig, A):
+        end(rig, on_a, raised(message))
+        seen += len(on_a)
+    assert seen == POLICY.sick_after
+    assert "comfyd resume a" in rig.engine.trouble(A)
+    while on_b := here(rig, B):
+        end(rig, on_b, Record(end=model.End.SUCCESS))
+    assert {row.outcome.state for row in rig.store.values() if row.outcome} == {State.DONE}
+    assert {row.charged for row in rig.store.values()} == {0}
+    assert all("Server a did not" in row.warnings[-1] for row in rig.store.values() if row.verdicts)
+    rig.tell(facts.ResumeAsked(server=A))
+    assert rig.engine.trouble(A) == ""
+
+
+def test_a_batch_of_bad_jobs_stops_no_server_for_good():
+    """All fail at once on both servers, before anyone could have a second opinion."""
+    rig = Rig(6, 6)
+    rig.drop(*(f"j{i:02}" for i in range(12)))
+    assert len(here(rig, A)) == len(here(rig, B)) == 6
+    for _ in range(30):
+        if not here(rig, A, B):
+            break
+        end(rig, here(rig, A, B), raised("shapes differ"))
+    outcomes = [row.outcome.reason for row in rig.store.values() if row.outcome]
+    assert outcomes == [model.Reason.EXECUTION_ERROR] * 12
+    assert all(not server.strikes for server in rig.engine.servers.values())
+
+
+def test_on_the_only_server_a_sick_card_stops_the_queue_and_bad_jobs_do_not():
+    for message, stops in ((CUDA, True), ("shapes differ", False)):
+        rig = Rig(1)
+        rig.drop(*(f"j{i:02}" for i in range(8)))
+        for _ in range(8):
+            end(rig, here(rig, A), raised(message))
+        failed = sum(row.outcome is not None for row in rig.store.values())
+        assert failed == (POLICY.sick_after if stops else 8)
+        assert bool(rig.engine.trouble(A)) == stops
