@@ -390,7 +390,12 @@ def recalled(job: Job, fact: Recalled, ctx: Context) -> Step:
 
 
 def given_up_on(job: Job, fact: GivenUp, ctx: Context) -> Step:
-    """Its server is gone, a person says: whatever is still to be heard from it comes too late."""
+    """Its server is gone, a person says: whatever is still to be heard from it comes too late.
+
+    But for a submission that is on its way: nothing is sent anew before that has ended.
+    """
+    if job.live.order is Ask.SUBMIT:
+        return replace(issue(with_live(job, unsure_s=-math.inf), Ask.PROBE), urgent=False)
     job = with_live(job, order=None, want=None, seq=job.live.seq + 1)
     if job.row.state is not State.STOPPING:
         return abandon(job, ctx)
