@@ -17,6 +17,7 @@ from comfyd.cli.arguments import build_parser
 from comfyd.cli.exits import Exit
 from comfyd.core.model import Outcome, Reason, Row, Source, State
 from comfyd.core.result import manifest
+from comfyd.errors import JobFileError
 from comfyd.metrics import Metrics
 from comfyd.spool import jobfile
 from comfyd.spool.layout import MODES
@@ -146,16 +147,43 @@ def test_a_result_has_the_keys_that_are_shown():
         assert list(shown[key]) == list(real[key])
 
 
-def test_links_lead_somewhere():
-    headings = re.findall(r"^## (.*)$", README, re.MULTILINE)
-    anchors = {
-        f"#{re.sub(r'[^a-z -]', '', heading.lower()).replace(' ', '-')}" for heading in headings
+def test_the_whole_job_document_is_a_job_and_every_key_of_it_is_explained():
+    page = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
+    [document] = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    graph = {
+        "10": {"class_type": "LoadImage", "inputs": {"image": ""}},
+        "12": {"class_type": "SaveImage", "inputs": {"images": ["10", 0], "filename_prefix": ""}},
     }
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target in anchors
-        elif not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
+    job = jobfile.load(
+        document.encode(),
+        "job.yaml",
+        draw=lambda: 0,
+        beside={"photo.png"},
+        named=lambda name: json.dumps(graph).encode(),
+    )
+    assert (job.queue_s, job.run_s, job.stall_s) == (3600.0, 1800.0, 300.0)
+    assert (job.key, job.files) == ("nightly-0042", {("10", "image"): "photo.png"})
+    explained = re.findall(r"^\| `([a-z_]+)` \|", page.split("## Bundles")[0], re.M)
+    assert explained == re.findall(r"^([a-z_]+):", document, re.M)
+    with pytest.raises(JobFileError, match=re.escape(", ".join(explained))):
+        jobfile.load(b'{"workflow": {}, "qqqqqq": 1}', "job.json", draw=lambda: 0)
+
+
+def headings_of(page: Path) -> set[str]:
+    """What may stand behind # in a link to *page*, as GitHub makes it."""
+    found = re.findall(r"^##+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))])
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, heading = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        assert not heading or heading in headings_of(there), target
 
 
 # --- the unit file ------------------------------------------------------------------------------
