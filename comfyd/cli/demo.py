@@ -6,6 +6,7 @@ import argparse
 import http.client
 import json
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -191,8 +192,14 @@ def _tell(
         f"{good} of {len(problems)} results verified in {took_s:.1f} s: {of_what}",
         f"results  {folder / 'spool' / 'done'}",
         f"metrics  {folder / 'metrics.txt'}",
-        f"more     comfyd -c {folder / 'comfyd.yaml'} jobs",
+        f"more     {_me()} -c {folder / 'comfyd.yaml'} jobs",
     )
+
+
+def _me() -> str:
+    """How this program is called from where the user is: the virtual environment may be no place
+    that their shell looks in."""
+    return "comfyd" if shutil.which("comfyd") else f"{shlex.quote(sys.executable)} -m comfyd"
 
 
 def _report(

@@ -45,7 +45,8 @@ def jobs(args: argparse.Namespace) -> int:
             told = [f"{count} {word.replace('_', ' ')}" for word, count in outcomes.items()]
             say(f"comfyd: {counted(outcomes.total(), 'job')}: {', '.join(told)}")
     if not outcomes:
-        say(f"comfyd: no job to {args.command} was found")
+        spared = ", apart from those retried before" if args.command == "retry" else ""
+        say(f"comfyd: no job to {args.command} was found{spared}")
     return Exit.OK if good else Exit.FAILED
 
 

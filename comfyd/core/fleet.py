@@ -78,6 +78,10 @@ class Fleet:
         if server is not None and server.origin == fence.origin:
             self.watches[fence.prompt_id] = Watch(fence=fence)
 
+    def fences(self, name: ServerName) -> int:
+        """How many attempts that were given up there are not proven to be over."""
+        return sum(watch.fence.server == name for watch in self.watches.values())
+
     def due_watches(self, now_s: float) -> Iterator[Watch]:
         """Those to be asked now; a server that is down is not asked."""
         for watch in list(self.watches.values()):
@@ -144,7 +148,7 @@ class Fleet:
             bool(server.up)
             and server.unfit_since_s is None
             and now_s >= server.opens_s
-            and not any(watch.fence.server == server.name for watch in self.watches.values())
+            and not self.fences(server.name)
         )
 
     def is_hopeful(self, server: Server, now_s: float) -> bool:

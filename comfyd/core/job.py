@@ -214,7 +214,10 @@ def wake_s(job: Job, policy: Policy) -> float:
 def durations_s(row: Row, *, published_at: float | None = None) -> dict[str, float]:
     """Seconds spent in each phase; a phase that never was takes 0."""
     published = row.published_at if published_at is None else published_at
-    marks = [row.claimed_at, row.submitted_at, row.started_at, row.ended_at, published]
+    submitted = row.submitted_at
+    if submitted is None:  # it waited to its end
+        submitted = row.ended_at if row.ended_at is not None else published
+    marks = [row.claimed_at, submitted, row.started_at, row.ended_at, published]
     known: list[float] = []
     for mark in marks:
         last = known[-1] if known else row.claimed_at

@@ -48,3 +48,11 @@ def judge(row: Row, holder: Row | None) -> Row | Absorbed:
             detail={"key": row.key, "job": holder.job},
         ),
     )
+
+
+def holder_told(row: Row) -> str:
+    """The job that *row* failed for, because it has the key of both; "" if it did not."""
+    outcome = row.outcome
+    if outcome is None or outcome.reason is not Reason.CONFLICT or "key" not in outcome.detail:
+        return ""  # a conflict of folders names no key
+    return str(outcome.detail["job"])

@@ -94,10 +94,18 @@ def job_summary(row: Row) -> dict[str, Any]:
         "priority": row.priority,
         "completion": row.completion.value if row.completion else None,
         "reason": outcome.reason.value if outcome and outcome.reason else None,
-        "message": (outcome.message if outcome else "") or row.held,
+        "message": (outcome.message if outcome else "") or row.held or _awaited(row),
         "times": {name: None if at is None else rfc3339(at) for name, at in marks.items()},
         "durations_s": {phase: round(span_s, 3) for phase, span_s in durations_s(row).items()},
     }
+
+
+def _awaited(row: Row) -> str:
+    """What a job waits for that some server has said no to; "" for any other."""
+    if row.state is not State.QUEUED or not row.verdicts:
+        return ""
+    said = "; ".join(f"{verdict.server}: {verdict.outcome.message}" for verdict in row.verdicts)
+    return f"Waits for a server that has not said no to it yet. {said}"
 
 
 def job_story(row: Row, events: Iterable[Told], *, full: bool = False) -> dict[str, Any]:
@@ -118,6 +126,14 @@ def job_story(row: Row, events: Iterable[Told], *, full: bool = False) -> dict[s
         "retry_of": row.retry_of,
         "outputs": {"files": staged.outputs, "bytes": staged.bytes} if staged else None,
         "warnings": list(row.warnings),
+        "verdicts": [
+            {
+                "server": verdict.server,
+                "reason": verdict.outcome.reason.value if verdict.outcome.reason else None,
+                "message": verdict.outcome.message,
+            }
+            for verdict in row.verdicts
+        ],
         "abandoned": [
             {"server": server, "url": bare_url(origin), "prompt_id": prompt_id}
             for server, origin, prompt_id in row.abandoned

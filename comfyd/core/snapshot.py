@@ -10,7 +10,7 @@ from typing import Any, Final
 from comfyd.core.present import bare_url, rfc3339
 from comfyd.core.server import Server
 from comfyd.core.wire.stats import Device
-from comfyd.core.wishes import draining_words
+from comfyd.core.wishes import draining_words, prompts
 
 JOBS_MAX: Final = 200
 """Jobs in one snapshot at most: more than 12 full windows, and a page is still readable."""
@@ -26,13 +26,16 @@ class ServerState(enum.Enum):
     UP = "up"
 
 
-def state_of(server: Server, *, trouble: str, down: str, in_flight: int) -> tuple[ServerState, str]:
-    """The word for *server*, and why it is not up, as a sentence.
+def state_of(
+    server: Server, *, trouble: str, down: str, in_flight: int, fences: int = 0
+) -> tuple[ServerState, str]:
+    """The word for *server*, and why it gets nothing, as a sentence; "" if it does.
 
     Args:
       trouble: Why it is wedged; "" if it is not.
       down: Why its last health probe failed; "" if nobody knows.
       in_flight: Prompts of ours that may be there.
+      fences: Prompts of ours that were given up, and are not proven to be over.
 
     """
     if not server.up or server.refusal:
@@ -41,7 +44,8 @@ def state_of(server: Server, *, trouble: str, down: str, in_flight: int) -> tupl
         return ServerState.WEDGED, trouble
     if server.draining:
         return ServerState.DRAINING, draining_words(in_flight)
-    return (ServerState.DEAF if server.stalled else ServerState.UP), ""
+    waits = f"gets nothing until {prompts(fences)} given up there ended for sure" if fences else ""
+    return (ServerState.DEAF if server.stalled else ServerState.UP), waits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,7 @@ class ServerView:
     """Attributes:
 
     url: As configured; credentials in it are never rendered.
-    reason: Why it is not up, as a sentence; "" if it is, or nobody knows.
+    reason: Why it is not up or gets nothing, as a sentence; "" if it does, or nobody knows.
     tracker: What its tracker is doing, in a word or two.
     connected: Its WebSocket is open.
     in_flight: Prompts of ours that may be there.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
+from comfyd.core import keys
 from comfyd.core.facts import CancelAsked, HoldAsked, ReleaseAsked
 from comfyd.core.model import JobId, Outcome, Row, ServerName, State
 from comfyd.core.present import LIVE_STATES, shown_state
@@ -157,6 +158,11 @@ def why_no_retry(row: Row, keyed: Row | None) -> str:
     """
     if not row.state.final:
         return f"not retried: {_is(row)}; a retry is for jobs that have ended"
+    holder = keys.holder_told(row)
+    if holder:  # what is kept has no key any more: it would run without one
+        return (
+            f"not retried: {holder} has its key and other content; submit it with a key of its own"
+        )
     if keyed is not None and keyed.job != row.job and not keyed.state.final:
         return f"not retried: {keyed.job} has its key and {_is(keyed)}"
     return ""
@@ -244,10 +250,10 @@ def why_not_forget(name: ServerName, server: Server | None) -> str:
 def forgotten(name: ServerName, before: int, after: int) -> tuple[bool, str]:
     """Whether nothing of ours is left there, and a sentence. Args: prompts of ours that were."""
     if after:
-        return False, f"{name} still has {_prompts(after)}; they were not given up yet."
+        return False, f"{name} still has {prompts(after)}; they were not given up yet."
     if not before:
         return True, f"{name} had nothing of ours."
-    return True, f"{name} is given up: {_prompts(before)} written off, their jobs go on without it."
+    return True, f"{name} is given up: {prompts(before)} written off, their jobs go on without it."
 
 
 def draining_words(in_flight: int) -> str:
@@ -256,10 +262,11 @@ def draining_words(in_flight: int) -> str:
 
 
 def _finishing(in_flight: int) -> str:
-    return f"{_prompts(in_flight)} to finish" if in_flight else "nothing of ours is left there"
+    return f"{prompts(in_flight)} to finish" if in_flight else "nothing of ours is left there"
 
 
-def _prompts(count: int) -> str:
+def prompts(count: int) -> str:
+    """*count* prompts, in words."""
     return f"{count} prompt{'s' * (count != 1)}"
 
 

@@ -111,6 +111,7 @@ class Overview:
             trouble=self._engine.trouble(server.name),
             down=watched.reason(),
             in_flight=in_flight,
+            fences=self._engine.fleet.fences(server.name),
         )
         return ServerView(
             name=server.name,

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 
 from comfyd.core.model import (
@@ -18,6 +19,7 @@ from comfyd.core.model import (
     Source,
     Staged,
     State,
+    Verdict,
 )
 from comfyd.core.present import (
     LIVE_STATES,
@@ -107,6 +109,21 @@ def test_a_failure_says_why_as_soon_as_it_is_decided():
 
 def test_a_held_job_says_what_for():
     assert job_summary(Row(job=JOB, seq=1, state=State.HELD, held="Look."))["message"] == "Look."
+
+
+def test_a_job_that_a_server_said_no_to_says_which_and_why():
+    outcome = Outcome(state=State.FAILED, reason=Reason.REJECTED, message="No such model.")
+    waiting = Row(job=JOB, seq=1, verdicts=(Verdict(ServerName("a"), "http://a", outcome),))
+    assert job_summary(waiting)["message"].endswith("a: No such model.")
+    assert job_summary(msgspec.structs.replace(waiting, state=State.SUBMITTED))["message"] == ""
+    said = {"server": "a", "reason": "rejected", "message": "No such model."}
+    assert job_story(waiting, [])["verdicts"] == [said]
+
+
+def test_a_job_that_was_never_sent_has_waited_to_its_end():
+    cancelled = Row(job=JOB, seq=1, state=State.CANCELLED, claimed_at=T, published_at=T + 4)
+    waited = {"wait": 4.0, "queue": 0.0, "run": 0.0, "collect": 0.0, "total": 4.0}
+    assert job_summary(cancelled)["durations_s"] == waited
 
 
 def test_a_story_is_for_everyone_only_without_what_its_owner_wrote():

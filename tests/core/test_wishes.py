@@ -6,15 +6,17 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import msgspec
 import pytest
 
-from comfyd.core import wishes
+from comfyd.core import keys, wishes
 from comfyd.core.model import JobId, Outcome, Reason, Row, ServerName, State
 from comfyd.core.present import SHOWN_STATES, shown_state
 from comfyd.core.server import Server
 from comfyd.core.snapshot import ServerState, state_of
 
 JOB = JobId("fox.01K0000000000000000000000A")
+OTHER = JobId("fox.01K0000000000000000000000B")
 CANCELLED = Outcome(state=State.CANCELLED, reason=Reason.CANCELLED)
 DONE = Outcome(state=State.DONE)
 FAILED = Outcome(state=State.FAILED, reason=Reason.EXECUTION_ERROR)
@@ -111,22 +113,22 @@ def test_verbs_are_for_states_that_are_shown():
 
 def test_a_retry_is_for_what_has_ended_and_never_makes_a_second_live_job_of_one_key():
     old = row(State.FAILED, key="k")
-    other = Row(job=JobId("fox.01K0000000000000000000000B"), seq=2, key="k")
+    other = Row(job=OTHER, seq=2, key="k")
     assert wishes.why_no_retry(old, None) == ""
     assert wishes.why_no_retry(old, old) == ""
     assert other.job in wishes.why_no_retry(old, other)
     ended = Row(job=other.job, seq=2, key="k", state=State.DONE)
     assert wishes.why_no_retry(old, ended) == ""
     assert "it is running" in wishes.why_no_retry(RUNNING, None)
-    assert not wishes.retried(old, other, None).ok
-    assert wishes.retried(old, other, other).to_dict() == {
-        "job": JOB,
-        "ok": True,
-        "outcome": "retried",
-        "what": f"retried as {other.job}",
-        "state": "failed",
-        "new": other.job,
-    }
+
+
+def test_a_job_whose_key_another_one_has_is_not_retried_without_it():
+    drop = row(State.QUEUED, key="k", sha256="1")
+    judged = keys.judge(drop, Row(job=OTHER, seq=2, key="k", sha256="2"))
+    assert isinstance(judged, Row)
+    assert OTHER in wishes.why_no_retry(msgspec.structs.replace(judged, state=State.FAILED), None)
+    folder = Outcome(state=State.FAILED, reason=Reason.CONFLICT, message="There is a folder.")
+    assert wishes.why_no_retry(row(State.FAILED, outcome=folder), None) == ""
 
 
 # --- intake and servers --------------------------------------------------------------------------
@@ -184,3 +186,8 @@ def test_a_server_has_one_word_and_its_reason(changes, trouble, state, reason):
     assert told[0] is state
     assert told[1].endswith(reason)
     assert bool(told[1]) is bool(reason)
+
+
+def test_a_server_that_is_fenced_says_what_it_waits_for():
+    told = state_of(A, trouble="", down="", in_flight=0, fences=1)
+    assert told == (ServerState.UP, "gets nothing until 1 prompt given up there ended for sure")
