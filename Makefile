@@ -9,10 +9,10 @@ STAMP  := $(VENV)/.installed
 COMFYUI_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check contract explore prove
+.PHONY: help demo test check contract explore prove prove-comfyui
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## Run sample jobs through a daemon and a simulated ComfyUI
 	$(BIN)/comfyd demo
@@ -37,6 +37,10 @@ prove: $(STAMP)  ## Kill daemon and servers, lose journals, fill disks, run 10,0
 		tests/endtoend/prove_many_servers.py tests/endtoend/prove_journal_loss.py \
 		tests/endtoend/prove_full_disk.py tests/endtoend/prove_everything.py \
 		tests/endtoend/prove_latency.py tests/endtoend/prove_scale.py
+
+prove-comfyui: $(STAMP)  ## Every kind of job, output, cancel and deadline at a real server (COMFYUI_URL=...)
+	@test -n "$(COMFYUI_URL)" || { echo "give it a server: make prove-comfyui COMFYUI_URL=http://127.0.0.1:8188"; exit 1; }
+	COMFYUI_URL="$(COMFYUI_URL)" $(BIN)/python -m pytest -s tests/endtoend/prove_comfyui.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "comfyd needs Python 3.11 or newer; set PYTHON=...")'
