@@ -78,6 +78,28 @@ async def test_a_job_goes_through_and_the_end_is_orderly(tmp_path, nursery):
     assert dict(simulator.executions) == {row.prompt_id: 1}
 
 
+async def test_a_server_that_comes_back_is_listened_to_at_once(tmp_path, nursery):
+    simulator = Simulator(run_s=0.0)
+    url = await nursery.start(simulator.serve, 0)
+    late = "{reconnect_first: 30s, reconnect_max: 30s}"
+    configured = settings(tmp_path, url, tracker=late, health="{interval: 100ms}")
+
+    async def shown(word: str) -> None:
+        with trio.fail_after(10):
+            while (await daemon.snapshot()).servers[0].tracker != word:
+                await trio.sleep(0.02)
+
+    async with trio.open_nursery() as daemons:
+        daemon = await daemons.start(partial(app.run, configured))
+        await shown("connected")
+        simulator.kill()
+        await shown("backoff")
+        await trio.sleep(0.3)
+        simulator.revive()
+        await shown("connected")
+        daemon.stop()
+
+
 async def test_below_the_reserve_files_stay_in_new_and_it_says_why(tmp_path, nursery, monkeypatch):
     free = [0]
     monkeypatch.setattr(space, "free_bytes", lambda found: free[0])

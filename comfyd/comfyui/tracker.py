@@ -102,6 +102,7 @@ class Tracker:
         self._canary: Canary | None = None  # of the live connection
         self._verdicts = 0
         self._look = trio.Event()
+        self._answering = trio.Event()
         self._greeted_at_s = math.inf
         self._invalid_at_s = -math.inf
         self._state: State = "connecting"
@@ -120,6 +121,10 @@ class Tracker:
             self._canary = self._canary.posted(self._now_s())
             self._look.set()
 
+    def answers(self) -> None:
+        """The server is back: what is left of a backoff is not waited for."""
+        self._answering.set()
+
     async def run(self) -> NoReturn:
         """Connect, track, and connect again, for ever.
 
@@ -136,8 +141,10 @@ class Tracker:
                 self._over(group)
             # Not reset by connecting: a server that greets and hangs up must not be hammered.
             failures = 1 if self._now_s() - self._greeted_at_s >= max_s else failures + 1
-            self._state = "backoff"
-            await trio.sleep(exponential_s(failures, first_s, max_s, u=self._u()))
+            self._state, self._answering = "backoff", trio.Event()
+            with trio.move_on_after(exponential_s(failures, first_s, max_s, u=self._u())):
+                await self._answering.wait()
+                failures = 0
 
     def _over(self, group: BaseExceptionGroup[ServerError]) -> None:
         """Tell why an attempt or a connection ended: its first reason, if it had several."""

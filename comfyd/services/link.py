@@ -66,12 +66,13 @@ class Link:
             interval_s=config.health.interval_s,
             tell=inbox.put,
             on_stats=partial(metrics.system, self.name),
-            on_health=lambda ok: metrics.health(self.name, ok=ok),
+            on_health=self._on_health,
             silent_s=self._silent_s,
         )
         self.prober = Prober(self.name, self.client, inbox.put)
         self._inbox, self._metrics, self._clock = inbox, metrics, clock
         self._heard_at = -math.inf
+        self._up = False
         tracker = config.tracker
         self.tracker = Tracker(
             server.url,
@@ -98,6 +99,12 @@ class Link:
             ("prober", self.prober.run),
             ("health", self.health.run),
         )
+
+    def _on_health(self, ok: bool) -> None:
+        self._metrics.health(self.name, ok=ok)
+        if ok and not self._up:
+            self.tracker.answers()
+        self._up = ok
 
     # --- what the tracker tells ------------------------------------------------------------------
 

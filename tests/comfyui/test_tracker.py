@@ -374,6 +374,24 @@ async def test_waits_double_and_only_a_lasting_connection_resets_them(
     assert set(rig.log.values("disconnected")) == {"closed"}
 
 
+async def test_a_server_that_is_back_is_connected_to_without_waiting(
+    rig: Rig, autojump_clock: MockClock
+) -> None:
+    times: list[float] = []
+
+    async def hang_up(_: Socket) -> None:
+        times.append(trio.current_time())
+
+    tracker = rig.start(greeting(hang_up))
+    await trio.sleep(40)  # in the middle of a wait of 16 s
+    told = trio.current_time()
+    before = len(times)
+    tracker.answers()
+    await trio.sleep(3)
+    gaps = [at - told for at in times[before:]]
+    assert gaps == pytest.approx([0, 0.5, 1.5], abs=0.1)  # and it is not hammered
+
+
 # --- losing it ------------------------------------------------------------------------------------
 
 
