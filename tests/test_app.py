@@ -86,7 +86,7 @@ async def test_a_server_that_comes_back_is_listened_to_at_once(tmp_path, nursery
 
     async def shown(word: str) -> None:
         with trio.fail_after(10):
-            while (await daemon.snapshot()).servers[0].tracker != word:
+            while (await daemon.snapshot()).servers[0].tracker != word:  # noqa: ASYNC110 - nobody tells
                 await trio.sleep(0.02)
 
     async with trio.open_nursery() as daemons:
