@@ -55,7 +55,7 @@ def overview() -> build.Dashboard:
                 "Whether Prometheus reaches comfyd. Without it nothing below is current; jobs on "
                 "servers go on, and comfyd finds them again.",
                 4,
-                ("ComfydDaemonDown",),
+                ("ComfydDown", "ComfydRestarting"),
             ),
             Query(smallest(daemon("up"))),
             {1: ("up", GREEN), 0: ("DOWN", RED)},
@@ -66,7 +66,12 @@ def overview() -> build.Dashboard:
                 "Servers that are down, wedged or deaf. Draining ones are not counted: a person "
                 "wanted that. The board Servers shows which, and since when.",
                 4,
-                ("ComfydServerDown", "ComfydServerWedged", "ComfydServerDeaf"),
+                (
+                    "ComfydNoServerUsable",
+                    "ComfydServerDown",
+                    "ComfydServerWedged",
+                    "ComfydSocketDeaf",
+                ),
             ),
             Query(total(daemon("comfyd_server_state", 'state=~"down|wedged|deaf"'))),
             "short",
@@ -77,7 +82,7 @@ def overview() -> build.Dashboard:
                 "Failed in the last hour",
                 "Jobs that ended without a result. Below: why.",
                 4,
-                ("ComfydJobsFailing",),
+                ("ComfydFailuresNotTheirOwn", "ComfydJobLost"),
             ),
             Query(within(daemon("comfyd_jobs_finished_total", 'outcome="failed"'), "1h")),
             "short",
@@ -94,7 +99,7 @@ def overview() -> build.Dashboard:
                 "How long the job that waits longest has waited. It grows without end when "
                 "nothing moves.",
                 4,
-                ("ComfydQueueStuck",),
+                ("ComfydQueueAgeHigh",),
             ),
             Query(largest(daemon("comfyd_oldest_job_age_seconds", 'state="queued"'))),
             "s",
@@ -119,7 +124,7 @@ def overview() -> build.Dashboard:
                     "Jobs ended",
                     "By outcome. Flat while jobs wait means that nothing is finishing.",
                     12,
-                    ("ComfydJobsFailing",),
+                    ("ComfydFailuresNotTheirOwn", "ComfydJobLost"),
                 ),
                 [Query(per_minute(daemon("comfyd_jobs_finished_total"), "outcome"), "{{outcome}}")],
                 "opm",
@@ -132,7 +137,7 @@ def overview() -> build.Dashboard:
                 "Jobs that ended without a result. execution_error, rejected and invalid_job are "
                 "of the job's own making; lost, stalled and output_missing are the servers'.",
                 12,
-                ("ComfydJobsFailing",),
+                ("ComfydFailuresNotTheirOwn", "ComfydJobLost"),
             ),
             Query(events(daemon("comfyd_job_failures_total"), "reason"), "{{reason}}"),
         ),
@@ -172,7 +177,7 @@ def overview() -> build.Dashboard:
                 "How soon a dropped file is taken, and how soon after its end a result is "
                 "published; 95 of 100 are faster.",
                 8,
-                ("ComfydCompletionsSlow",),
+                ("ComfydCompletionLatencyHigh",),
             ),
             [
                 Query(quantile(0.95, "comfyd_spool_pickup_seconds"), "file to claim"),
@@ -187,6 +192,7 @@ def overview() -> build.Dashboard:
                 "Where the jobs are that have not ended. Many held: a person, or crashes, hold "
                 "them; `comfyd show JOB` says which.",
                 8,
+                ("ComfydJobsHeld",),
             ),
             [Query(total(daemon("comfyd_jobs"), "state"), "{{state}}")],
             "short",
@@ -196,7 +202,7 @@ def overview() -> build.Dashboard:
                 "Oldest job",
                 "Time since the oldest job in the state was claimed. Submitted ones may run.",
                 8,
-                ("ComfydQueueStuck",),
+                ("ComfydQueueAgeHigh",),
             ),
             [
                 Query(
@@ -224,7 +230,7 @@ def overview() -> build.Dashboard:
                 "Below `outputs.min_free_bytes` (1 GiB unless configured) everything waits, and "
                 "nothing is lost.",
                 6,
-                ("ComfydSpoolAlmostFull",),
+                ("ComfydDiskLow", "ComfydWaitingForSpace"),
             ),
             [Query(daemon("comfyd_spool_free_bytes"), "{{instance}}")],
             "bytes",
@@ -236,6 +242,7 @@ def overview() -> build.Dashboard:
                 "In `new/`: dropped and not yet taken. In `claimed/`: one for each job that has "
                 "not ended.",
                 6,
+                ("ComfydSpoolNotDrained",),
             ),
             [Query(total(daemon("comfyd_spool_files"), "directory"), "{{directory}}")],
             "short",
@@ -254,7 +261,6 @@ def overview() -> build.Dashboard:
                 "Journal: time of a commit",
                 "Nothing is sent before it is written. Tens of milliseconds are a slow disk.",
                 6,
-                ("ComfydJournalSlow",),
             ),
             [
                 Query(quantile(0.5, "comfyd_journal_commit_seconds"), "p50"),

@@ -38,7 +38,7 @@ def reliability() -> build.Dashboard:
                 "Share of the prompts whose end the WebSocket told. The others were found by "
                 "looking: they are late, not lost.",
                 6,
-                ("ComfydMissedSignals",),
+                ("ComfydSignalsMissed",),
             ),
             Query(f"1 - {within(_MISSED, '1d')} / ({within(_ENDS, '1d')} > 0)"),
             "percentunit",
@@ -50,7 +50,7 @@ def reliability() -> build.Dashboard:
                 "Missed signals, last day",
                 "Prompts that ended without their end signal reaching us.",
                 6,
-                ("ComfydMissedSignals",),
+                ("ComfydSignalsMissed",),
             ),
             Query(within(_MISSED, "1d")),
             "short",
@@ -86,7 +86,7 @@ def reliability() -> build.Dashboard:
                     "signal: the WebSocket said so. reconnect: found after a reconnect. audit: "
                     "found by looking. recovery: found after a restart of comfyd.",
                     8,
-                    ("ComfydMissedSignals",),
+                    ("ComfydSignalsMissed",),
                 ),
                 [Query(per_minute(server("comfyd_completions_total"), "source"), "{{source}}")],
                 "opm",
@@ -99,7 +99,7 @@ def reliability() -> build.Dashboard:
                 "disconnected: the WebSocket was closed. deaf: it was open, and the server sent "
                 "nothing. silent: it worked, and this end did not come.",
                 8,
-                ("ComfydMissedSignals",),
+                ("ComfydSignalsMissed",),
             ),
             Query(events(_MISSED, "cause"), "{{cause}}"),
         ),
@@ -109,7 +109,7 @@ def reliability() -> build.Dashboard:
                 "closed: by the server. ping_timeout: the network, or a server that stands still. "
                 "deaf: by us, to get one that hears.",
                 8,
-                ("ComfydWebSocketDown",),
+                ("ComfydSocketFlapping",),
             ),
             Query(
                 events(server("comfyd_websocket_disconnects_total"), "server, cause"),
@@ -145,7 +145,7 @@ def reliability() -> build.Dashboard:
                 "Retries",
                 "What was tried again, and why. Some are normal around a server's restart.",
                 8,
-                ("ComfydRetriesHigh",),
+                ("ComfydHistoryRetriesHigh",),
             ),
             Query(
                 events(daemon("comfyd_retries_total"), "operation, reason"),
@@ -186,7 +186,7 @@ def reliability() -> build.Dashboard:
                 "Restarts of tasks",
                 "Supervised tasks that ended by a server's error and were started again.",
                 8,
-                ("ComfydTaskRestarting",),
+                ("ComfydTaskRestarts",),
             ),
             Query(
                 events(daemon("comfyd_task_restarts_total"), "task, error"), "{{task}}: {{error}}"

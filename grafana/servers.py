@@ -49,7 +49,7 @@ def servers() -> build.Dashboard:
                 "is sent. deaf: it sends no events, its prompts are polled, jobs go on. draining: "
                 "a person lets it finish.",
                 12,
-                ("ComfydServerDown", "ComfydServerWedged", "ComfydServerDeaf"),
+                ("ComfydServerDown", "ComfydServerWedged", "ComfydSocketDeaf"),
             ),
             Query(largest(_EACH, BY_SERVER), NAME),
             {value: (state, colour) for state, (value, colour) in STATES.items()},
@@ -59,7 +59,7 @@ def servers() -> build.Dashboard:
                 "WebSocket",
                 "Whether it is open. While it is not, ends are found by polling, seconds later.",
                 12,
-                ("ComfydWebSocketDown",),
+                ("ComfydSocketDeaf", "ComfydSocketFlapping"),
             ),
             Query(server("comfyd_websocket_connected"), NAME),
             {1: ("open", GREEN), 0: ("closed", RED)},
@@ -85,7 +85,7 @@ def servers() -> build.Dashboard:
                 "Jobs failed",
                 "By server. One server alone with many: a missing model or node, or a sick card.",
                 8,
-                ("ComfydJobsFailing",),
+                ("ComfydFailuresNotTheirOwn",),
             ),
             Query(
                 events(server("comfyd_jobs_finished_total", 'outcome="failed"'), BY_SERVER), NAME
@@ -159,7 +159,7 @@ def servers() -> build.Dashboard:
                 "By result. refused: nothing listens; timeout: no answer; rejected: something "
                 "answers that is no ComfyUI, or wants a password.",
                 8,
-                ("ComfydWebSocketDown",),
+                ("ComfydSocketDeaf", "ComfydSocketFlapping"),
             ),
             Query(
                 events(server("comfyd_websocket_connects_total"), "server, result"),
