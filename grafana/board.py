@@ -10,7 +10,7 @@ from grafana_foundation_sdk.builders import prometheus
 from grafana_foundation_sdk.models import dashboard as model
 
 from grafana.panels import BLUE, DATASOURCE, ORANGE, RED, RUNBOOKS, Drawn
-from grafana.queries import LATELY, daemon, server
+from grafana.queries import LATELY, daemon, largest, server
 
 TAG: Final = "comfyd"
 
@@ -92,7 +92,10 @@ def _annotations(*, servers: bool) -> list[build.AnnotationQuery]:
         _mark(
             "comfyd started",
             BLUE,
-            f"changes({started}[{LATELY}]) > 0 or {started} unless {started} offset {LATELY}",
+            largest(
+                f"changes({started}[{LATELY}]) > 0 or {started} unless {started} offset {LATELY}",
+                "instance",
+            ),
             "{{instance}}",
         ),
         _mark(

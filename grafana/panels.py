@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from grafana_foundation_sdk.builders import common, prometheus, stat, statetimeline, table
 from grafana_foundation_sdk.builders import dashboard as build
@@ -57,7 +57,7 @@ class About(NamedTuple):
 
 
 def number(
-    about: About, query: Query, unit: str, *, steps: Steps = (), empty: str = "none"
+    about: About, query: Query, unit: str, *, steps: Steps = (), empty: str = "no data"
 ) -> stat.Panel:
     """One large number as of now.
 
@@ -70,8 +70,11 @@ def number(
 
     """
     panel = _framed(stat.Panel(), about, [query], instant=True)
+    if unit == "short":
+        panel.decimals(0)  # increase() is seldom a whole number
     return (
         panel.unit(unit)
+        .mappings([_nothing(empty)])
         .height(STAT_HEIGHT)
         .no_value(empty)
         .thresholds(_thresholds(steps))
@@ -84,7 +87,7 @@ def number(
 
 def words(about: About, query: Query, meanings: Mapping[int, tuple[str, str]]) -> stat.Panel:
     """One word as of now: what each value means, and its colour."""
-    panel = number(about, query, "none", empty="no data").mappings(_mappings(meanings))
+    panel = number(about, query, "none").mappings([_nothing("no data"), _meaning(meanings)])
     return panel.color_mode(look.BigValueColorMode.BACKGROUND)
 
 
@@ -134,7 +137,7 @@ def timeline(
     panel = _framed(statetimeline.Panel(), about, [query])
     return (
         panel.height(GRAPH_HEIGHT)
-        .mappings(_mappings(meanings))
+        .mappings([_meaning(meanings)])
         .show_value(look.VisibilityMode.NEVER)
         .fill_opacity(80)
         .legend(_legend())
@@ -213,9 +216,18 @@ def _thresholds(steps: Steps) -> build.ThresholdsConfig:
     return build.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(marks)
 
 
-def _mappings(meanings: Mapping[int, tuple[str, str]]) -> list[Any]:
+def _nothing(text: str) -> model.SpecialValueMap:
+    """Grey, or no answer would have the colour of the best one."""
+    return model.SpecialValueMap(
+        model.DashboardSpecialValueMapOptions(
+            model.SpecialValueMatch.NULL_AND_NAN, model.ValueMappingResult(text=text, color=GREY)
+        )
+    )
+
+
+def _meaning(meanings: Mapping[int, tuple[str, str]]) -> model.ValueMap:
     results = {
         str(value): model.ValueMappingResult(text=text, color=colour, index=place)
         for place, (value, (text, colour)) in enumerate(meanings.items())
     }
-    return [model.ValueMap(results)]
+    return model.ValueMap(results)

@@ -74,7 +74,10 @@ def servers() -> build.Dashboard:
             ),
             [
                 Query(
-                    per_minute(server("comfyd_jobs_finished_total", 'outcome="done"'), BY_SERVER),
+                    per_minute(
+                        server("comfyd_jobs_finished_total", 'outcome="done"', 'server!="none"'),
+                        BY_SERVER,
+                    ),
                     NAME,
                 )
             ],

@@ -61,8 +61,8 @@ def selectors(query: str) -> list[promql.VectorSelector]:
     return [node for node in nodes(query) if isinstance(node, promql.VectorSelector)]
 
 
-def matchers(selector: promql.VectorSelector) -> dict[str, promql.Matcher]:
-    return {each.name: each for each in selector.matchers.matchers}
+def matchers(selector: promql.VectorSelector) -> list[promql.Matcher]:
+    return selector.matchers.matchers
 
 
 def said(matcher: promql.Matcher) -> set[str]:
@@ -141,7 +141,8 @@ def panel_units(board: Json) -> Iterator[str]:
     """panel-units-rule."""
     for panel in panels(board):
         defaults = panel["fieldConfig"]["defaults"]
-        if not defaults.get("mappings") and defaults.get("unit") not in UNITS:
+        meanings = {each["type"] for each in defaults.get("mappings") or []}
+        if "value" not in meanings and defaults.get("unit") not in UNITS:
             yield f"{panel['title']}: has no unit that Grafana knows"
 
 
@@ -179,8 +180,7 @@ def target_job_and_instance(board: Json) -> Iterator[str]:
             continue
         for selector in selectors(query):
             for name in ("job", "instance"):
-                matcher = matchers(selector).get(name)
-                if matcher is None or str(matcher) != f'{name}=~"${name}"':
+                if f'{name}=~"${name}"' not in map(str, matchers(selector)):
                     yield f'{where}: {selector.name} is not matched by {name}=~"${name}"'
 
 
@@ -229,7 +229,8 @@ def known_metrics(board: Json) -> Iterator[str]:
                 yield f"{where}: there is no metric {name}"
                 continue
             labels = known[name].labels
-            for label, matcher in matchers(selector).items():
+            for matcher in matchers(selector):
+                label = matcher.name
                 if label in SCRAPED or (label == "le" and name.endswith("_bucket")):
                     continue
                 if label not in labels:
@@ -277,8 +278,8 @@ def follows_the_server(board: Json) -> Iterator[str]:
     for where, query in queries(board):
         for selector in selectors(query):
             can = "server" in known[str(selector.name)].labels and where not in variables(board)
-            matcher = matchers(selector).get("server")
-            if (str(matcher) == 'server=~"$server"') != (can and chosen):
+            follows = 'server=~"$server"' in map(str, matchers(selector))
+            if follows != (can and chosen):
                 yield f"{where}: {selector.name} follows $server where it cannot, or does not"
 
 
