@@ -175,13 +175,13 @@ def overview() -> build.Dashboard:
             About(
                 "comfyd's own share",
                 "How soon a dropped file is taken, and how soon after its end a result is "
-                "published; 95 of 100 are faster.",
+                "published; 99 of 100 are faster.",
                 8,
                 ("ComfydCompletionLatencyHigh",),
             ),
             [
-                Query(quantile(0.95, "comfyd_spool_pickup_seconds"), "file to claim"),
-                Query(quantile(0.95, "comfyd_completion_latency_seconds"), "end to result"),
+                Query(quantile(0.99, "comfyd_spool_pickup_seconds"), "file to claim"),
+                Query(quantile(0.99, "comfyd_completion_latency_seconds"), "end to result"),
             ],
             "s",
         ),
@@ -234,7 +234,7 @@ def overview() -> build.Dashboard:
             ),
             [Query(daemon("comfyd_spool_free_bytes"), "{{instance}}")],
             "bytes",
-            steps=[(None, RED), (2**30, YELLOW), (10 * 2**30, GREEN)],
+            steps=[(None, RED), (2**30, ORANGE), (2 * 2**30, GREEN)],
         ),
         graph(
             About(

@@ -92,15 +92,14 @@ def words(about: About, query: Query, meanings: Mapping[int, tuple[str, str]]) -
 
 
 def graph(
-    about: About, queries: Sequence[Query], unit: str, *, steps: Steps = (), empty: str = "No data"
+    about: About, queries: Sequence[Query], unit: str, *, steps: Steps = (), empty: str = ""
 ) -> lines.Panel:
-    """Lines over time; *steps* are drawn as dashed lines."""
+    """Lines over time; *steps* are drawn as dashed lines, *empty* is said if there are none."""
     panel = _framed(lines.Panel(), about, queries)
     panel = (
         panel.unit(unit)
         .min(0)
         .height(GRAPH_HEIGHT)
-        .no_value(empty)
         .line_width(1)
         .fill_opacity(8)
         .show_points(look.VisibilityMode.NEVER)
@@ -112,6 +111,8 @@ def graph(
             .sort(look.SortOrder.DESCENDING)
         )
     )
+    if empty:
+        panel.no_value(empty)
     if steps:
         mode = look.GraphThresholdsStyleMode.DASHED
         panel.thresholds(_thresholds(steps))
@@ -136,11 +137,7 @@ def timeline(
     """A band for each answer, in the colour of its state."""
     panel = _framed(statetimeline.Panel(), about, [query])
     return (
-        panel.height(GRAPH_HEIGHT)
-        .mappings([_meaning(meanings)])
-        .show_value(look.VisibilityMode.NEVER)
-        .fill_opacity(80)
-        .legend(_legend())
+        panel.height(GRAPH_HEIGHT).mappings([_meaning(meanings)]).fill_opacity(80).legend(_legend())
     )
 
 
