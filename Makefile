@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 COMFYUI_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check contract explore prove prove-comfyui
+.PHONY: help demo test check boards contract explore prove prove-comfyui
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ check: $(STAMP)  ## Format, lint, types and import directions
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+boards: $(STAMP)  ## Write grafana/dashboards/ from the Python beside it
+	$(BIN)/python -m grafana.make
 
 contract: $(STAMP)  ## Compare the simulator, or a real server (COMFYUI_URL=...), with what ComfyUI was recorded to say
 	COMFYUI_URL="$(COMFYUI_URL)" $(BIN)/python -m pytest tests/contract

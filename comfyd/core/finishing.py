@@ -52,8 +52,10 @@ from comfyd.core.policy import exponential_s
 
 def collected(job: Job, fact: Collected, ctx: Context) -> Step:
     """The result is complete in stage/: its manifest's hash is committed before the rename."""
-    note = noted(job, "fetched", outputs=fact.staged.outputs, bytes=fact.staged.bytes)
-    return move(job, State.PUBLISHING, ctx, note, staged=fact.staged, crashes=0)
+    staged = fact.staged
+    came = job.row.server is not None  # of a job that was never sent there is only its own file
+    notes = [noted(job, "fetched", outputs=staged.outputs, bytes=staged.bytes)] if came else []
+    return move(job, State.PUBLISHING, ctx, *notes, staged=staged, crashes=0)
 
 
 def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
