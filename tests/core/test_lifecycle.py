@@ -573,6 +573,14 @@ def test_lost_outputs_are_made_again_and_charged_until_there_are_no_attempts_lef
     assert life.finish().job.row.state is State.FAILED
 
 
+def test_only_what_a_server_made_counts_as_output():
+    cancelled = Life()
+    cancelled.tell(facts.CancelAsked(job=J))
+    assert cancelled.finish().job.row.state is State.CANCELLED
+    assert "fetched" not in dict(cancelled.notes)
+    assert dict(collecting().finish().notes)["fetched"] == {"outputs": 1, "bytes": 10}
+
+
 @pytest.mark.parametrize("cause", [Uncollected.SERVER, Uncollected.DISK])
 def test_a_download_that_could_not_be_made_is_tried_again_later(cause):
     life = fail_collect(collecting(), cause)
