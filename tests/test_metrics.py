@@ -415,14 +415,6 @@ def test_the_longest_job_id_fits_and_a_longer_one_is_left_out(metrics):
     assert value(metrics, "comfyd_completion_latency_seconds_count") == 2
 
 
-@given(st.text(max_size=200))
-def test_what_an_exemplar_says_can_be_read_back(word):
-    metrics = Metrics(CollectorRegistry())
-    metrics.observe([Note("finished", JobId(word), None, NOTES["finished"].data)])
-    said = {one.labels["job_id"] for one in exemplars(metrics).values()}
-    assert said == ({word} if len(word) <= 122 else set())
-
-
 # --- nothing anyone says adds a series -----------------------------------------------------------
 
 
