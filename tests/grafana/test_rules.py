@@ -52,7 +52,7 @@ def cases() -> dict[str, list[tuple[dict[str, Any], list[Any]]]]:
     found: dict[str, list[tuple[dict[str, Any], list[Any]]]] = {}
     for path in TESTS:
         for test in yaml.safe_load(path.read_text(encoding="utf-8"))["tests"]:
-            for case in test["alert_rule_test"]:
+            for case in test.get("alert_rule_test", ()):
                 found.setdefault(case["alertname"], []).append((test, case["exp_alerts"]))
     return found
 

@@ -215,7 +215,12 @@ async def test_metrics_are_of_now_and_in_the_format_that_is_asked_for(client, fi
 
 
 async def test_who_scrapes_as_prometheus_does_gets_exemplars(client, fixed):
-    data = {"outcome": "done", "reason": None, "durations_s": {}, "latency_s": 0.2}
+    data: dict[str, object] = {
+        "outcome": "done",
+        "reason": None,
+        "durations_s": {},
+        "latency_s": 0.2,
+    }
     fixed.metrics.observe([Note("finished", JobId("fox.01K0"), "a", data)])
     accept = (
         "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
