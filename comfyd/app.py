@@ -233,6 +233,7 @@ async def _run(
                 if dispatcher.waits_for_space
                 else space.waiting
             ),
+            min_free_bytes=lambda: space.min_free_bytes,
         )
         intake = Intake(
             spool,

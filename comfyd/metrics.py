@@ -86,6 +86,8 @@ DEVICE_TYPES: Final = frozenset(
     {"cpu", "cuda", "mps", "xpu", "npu", "mlu", "hpu", "privateuseone", "directml"}
 )
 DEVICES_MAX: Final = 16
+# OpenMetrics: an exemplar has so many characters at most, names and values together.
+EXEMPLAR_MAX: Final = 128
 
 # fmt: off
 LATENCIES_S: Final = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
@@ -149,6 +151,16 @@ def device_label(device: Device) -> str:
     if device.index is None:
         return device.type
     return f"{device.type}:{device.index}" if 0 <= device.index < DEVICES_MAX else OTHER
+
+
+def exemplar(job: JobId | None) -> dict[str, str] | None:
+    """What leads from a slow bucket to a job that fell into it: its id, if that is short enough.
+
+    In OpenMetrics only, and no label: it makes no series.
+    """
+    if job is None or len("job_id") + len(job) > EXEMPLAR_MAX:
+        return None
+    return {"job_id": job}
 
 
 def version_label(stats: SystemStats) -> str:
@@ -238,6 +250,11 @@ class Metrics:
             "1 for the current state of the server.",
             server=SERVER,
             state=SERVER_STATES,
+        )
+        self._draining = gauge(
+            "comfyd_server_draining",
+            "Whether a person asked to send the server nothing more, whatever its state.",
+            server=SERVER,
         )
         self._info = gauge(
             "comfyd_server_info",
@@ -371,6 +388,14 @@ class Metrics:
             "comfyd_spool_pickup_seconds", "Time from a complete file to its claim.", LATENCIES_S
         )
         self._free = gauge("comfyd_spool_free_bytes", "Space left on the spool's file system.")
+        self._min_free = gauge(
+            "comfyd_spool_min_free_bytes",
+            "Space that is to stay free there (outputs.min_free_bytes).",
+        )
+        self._no_space = gauge(
+            "comfyd_waiting_for_space", "Whether everything waits for space on a disk."
+        )
+        self._paused = gauge("comfyd_intake_paused", "Whether a person stopped the intake.")
         self._outputs = counter("comfyd_outputs_total", "Output files fetched.", server=SERVER)
         self._output_bytes = counter(
             "comfyd_output_bytes_total", "Size of the output files fetched.", server=SERVER
@@ -457,16 +482,16 @@ class Metrics:
                     assert_never(note.kind)
 
     def _finish(self, note: Note, server: str) -> None:
-        data = note.data
+        data, example = note.data, exemplar(note.job)
         self._finished.labels(server, label(data["outcome"], OUTCOMES)).inc()
         if data["reason"] is not None:
             self._failures.labels(label(data["reason"], FAILURES)).inc()
         for phase, span_s in data["durations_s"].items():
             # A job that never ran would otherwise make runs look fast.
             if span_s > 0 or data["outcome"] == "done":
-                self._durations.labels(label(phase, PHASES)).observe(span_s)
+                self._durations.labels(label(phase, PHASES)).observe(span_s, example)
         if data["latency_s"] is not None:
-            self._latency.observe(data["latency_s"])
+            self._latency.observe(data["latency_s"], example)
 
     def refresh(self, snapshot: Snapshot) -> None:
         """Set every gauge that says what is so now; called before each scrape is answered."""
@@ -479,11 +504,16 @@ class Metrics:
                 continue  # forgotten while this snapshot was made
             for one in ServerState:
                 self._state.labels(view.name, one.value).set(one is view.state)
+            self._draining.labels(view.name).set(view.draining)
             self._stale.labels(view.name).set(view.stale)
             if view.queue_remaining is not None:
                 self._remaining.labels(view.name).set(view.queue_remaining)
         if snapshot.free_bytes is not None:
             self._free.set(snapshot.free_bytes)
+        if snapshot.min_free_bytes is not None:
+            self._min_free.set(snapshot.min_free_bytes)
+        self._no_space.set(bool(snapshot.waiting))
+        self._paused.set(snapshot.paused)
 
     # --- what the shells see ---------------------------------------------------------------------
 

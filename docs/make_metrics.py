@@ -52,6 +52,11 @@ def page() -> str:
         " has the usual `_bucket`, `_sum` and `_count`; seconds and bytes are the only units."
         " `process_*` and `python_info` are those of every Python program.",
         "",
+        "A scraper that asks for OpenMetrics gets exemplars too: `comfyd_job_duration_seconds` and"
+        " `comfyd_completion_latency_seconds` name, for each bucket, the last job that fell into it"
+        " as `job_id`, for `comfyd show`. Prometheus keeps them with"
+        " `--enable-feature=exemplar-storage`.",
+        "",
         *_table("metric type meaning labels", about),
         "",
         "Of `comfyd_retries_total`, these pairs:",

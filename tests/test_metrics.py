@@ -40,6 +40,7 @@ CONTRACT: dict[str, tuple[str, tuple[str, ...]]] = {
     "comfyd_config_last_reload_success_timestamp_seconds": ("gauge", ()),
     "comfyd_server_up": ("gauge", ("server",)),
     "comfyd_server_state": ("gauge", ("server", "state")),
+    "comfyd_server_draining": ("gauge", ("server",)),
     "comfyd_server_info": ("gauge", ("device", "server", "version")),
     "comfyd_server_vram_free_bytes": ("gauge", ("device", "server")),
     "comfyd_server_vram_total_bytes": ("gauge", ("device", "server")),
@@ -68,6 +69,9 @@ CONTRACT: dict[str, tuple[str, tuple[str, ...]]] = {
     "comfyd_spool_rejected_total": ("counter", ("reason",)),
     "comfyd_spool_pickup_seconds": ("histogram", ()),
     "comfyd_spool_free_bytes": ("gauge", ()),
+    "comfyd_spool_min_free_bytes": ("gauge", ()),
+    "comfyd_waiting_for_space": ("gauge", ()),
+    "comfyd_intake_paused": ("gauge", ()),
     "comfyd_outputs_total": ("counter", ("server",)),
     "comfyd_output_bytes_total": ("counter", ("server",)),
     "comfyd_journal_commit_seconds": ("histogram", ()),
@@ -281,7 +285,9 @@ def test_a_snapshot_sets_every_gauge_of_now(metrics):
     counts = shown_counts({State.SUBMITTED: 5, State.QUEUED: 7, State.DONE: 9}, running=2)
     assert counts["submitted"] == 3
     assert set(counts) == set(SHOWN_STATES)
-    view = ServerView(name="a", url="http://a", state=ServerState.DEAF, stale=2, queue_remaining=4)
+    view = ServerView(
+        name="a", url="http://a", state=ServerState.DEAF, stale=2, queue_remaining=4, draining=True
+    )
     gone = ServerView(name="gone", url="http://g", state=ServerState.UP)
     snapshot = Snapshot(
         at=100.0,
@@ -290,6 +296,9 @@ def test_a_snapshot_sets_every_gauge_of_now(metrics):
         counts=counts,
         oldest_at={"queued": 40.0, "submitted": None},
         free_bytes=123,
+        min_free_bytes=99,
+        paused=True,
+        waiting="Waiting for space.",
     )
     metrics.refresh(snapshot)
     assert {s: value(metrics, "comfyd_jobs", state=s) for s in LIVE_STATES} == {
@@ -305,6 +314,14 @@ def test_a_snapshot_sets_every_gauge_of_now(metrics):
     assert value(metrics, "comfyd_stale_jobs", server="a") == 2
     assert value(metrics, "comfyd_server_queue_remaining", server="a") == 4
     assert value(metrics, "comfyd_spool_free_bytes") == 123
+    assert value(metrics, "comfyd_spool_min_free_bytes") == 99
+    assert value(metrics, "comfyd_server_draining", server="a") == 1
+    assert value(metrics, "comfyd_server_draining", server="b") == 0
+    assert value(metrics, "comfyd_waiting_for_space") == 1
+    assert value(metrics, "comfyd_intake_paused") == 1
+    metrics.refresh(Snapshot(at=1.0, version="1"))
+    assert value(metrics, "comfyd_waiting_for_space") == 0
+    assert value(metrics, "comfyd_intake_paused") == 0
     assert "gone" not in text_of(metrics)
 
 
@@ -361,6 +378,41 @@ def test_a_server_that_is_configured_no_more_disappears_and_the_others_go_on(met
     assert value(metrics, "comfyd_completions_total", server="a", source="audit") == 1
     assert value(metrics, "comfyd_completions_total", server="c", source="audit") == 0
     assert 'server="b"' not in text_of(metrics)
+
+
+# --- exemplars ------------------------------------------------------------------------------------
+
+
+def exemplars(metrics):
+    """The exemplars of an OpenMetrics exposition, by series."""
+    text = generate_openmetrics(metrics.registry).decode()
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.exemplar
+        for family in parse_openmetrics(text)
+        for sample in family.samples
+        if sample.exemplar is not None
+    }
+
+
+def test_a_bucket_names_a_job_that_fell_into_it(metrics):
+    metrics.observe([NOTES["finished"]])
+    found = exemplars(metrics)
+    latency = found["comfyd_completion_latency_seconds_bucket", ("le", "0.25")]
+    assert (latency.labels, latency.value) == ({"job_id": J}, 0.2)
+    run = found["comfyd_job_duration_seconds_bucket", ("le", "5.0"), ("phase", "run")]
+    assert (run.labels, run.value) == ({"job_id": J}, 3.0)
+    assert len(found) == 1 + len(DURATIONS)
+    assert J not in text_of(metrics)  # the plain format has no place for it
+
+
+def test_the_longest_job_id_fits_and_a_longer_one_is_left_out(metrics):
+    finished = NOTES["finished"]
+    longest = JobId("x" * 64 + ".01K0000000000000000000000A")
+    metrics.observe([Note("finished", longest, "a", finished.data)])
+    assert {one.labels["job_id"] for one in exemplars(metrics).values()} == {longest}
+    metrics.observe([Note("finished", JobId("y" * 999), "a", finished.data)])
+    assert {one.labels["job_id"] for one in exemplars(metrics).values()} == {longest}
+    assert value(metrics, "comfyd_completion_latency_seconds_count") == 2
 
 
 # --- nothing anyone says adds a series -----------------------------------------------------------

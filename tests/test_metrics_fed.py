@@ -6,6 +6,7 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
@@ -13,12 +14,14 @@ from prometheus_client import CollectorRegistry
 
 from comfyd import app, metrics
 from comfyd.errors import ServerUnreachable
+from comfyd.services import space
 from comfyd.services.clock import Clock
 from comfyd.services.health import HealthProbe
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
 from comfyd.simulator import Simulator
 from comfyd.spool.layout import Spool, drop
+from comfyd.web.control_client import ask
 from tests.endtoend.daemon import fetch, samples
 from tests.endtoend.graphs import failing, picture, slow
 from tests.test_app import settings
@@ -42,6 +45,7 @@ class World:
     simulator: Simulator
     spool: Spool
     http_url: str
+    control: Path
 
     async def drop(self, document: object) -> str:
         data = document if isinstance(document, bytes) else json.dumps(document).encode()
@@ -136,6 +140,18 @@ async def a_prompt_of_somebody_else(world: World) -> None:
     await world.shows('comfyd_websocket_connected{server="s"}')
     data = {"node": "1", "prompt_id": "theirs"}
     world.simulator._memory.hub.send("executing", data, None)
+
+
+async def a_person_that_pauses_and_drains(world: World) -> None:
+    for request in ({"verb": "pause"}, {"verb": "drain", "server": "s"}):
+        answer = await trio.to_thread.run_sync(ask, world.control, request, 5.0)
+        assert answer["ok"], answer
+
+
+async def a_disk_without_space(world: World) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space, "free_bytes", lambda found: 0)
+        await world.shows("comfyd_waiting_for_space")
 
 
 async def nothing(world: World) -> None:
@@ -260,12 +276,22 @@ SEEN: list[tuple[Act, tuple[str, ...]]] = [
     ),
     (a_prompt_of_somebody_else, ('comfyd_facts_dropped_total{reason="foreign_hint"}',)),
     (
+        a_person_that_pauses_and_drains,
+        (
+            "comfyd_intake_paused",
+            f"comfyd_server_draining{{{S}}}",
+            f'comfyd_server_state{{{S},state="draining"}}',
+        ),
+    ),
+    (a_disk_without_space, ("comfyd_waiting_for_space",)),
+    (
         nothing,
         (
             "comfyd_build_info",
             "comfyd_server_info",
             "comfyd_server_vram_free_bytes",
             "comfyd_server_vram_total_bytes",
+            "comfyd_spool_min_free_bytes",
             "comfyd_task_restarts_total",
             "python_info",
         ),
@@ -291,7 +317,8 @@ async def test_what_happens_is_counted(tmp_path, monkeypatch, act, moved):
         async with trio.open_nursery() as nursery:
             configured = settings(tmp_path, await nursery.start(simulator.serve, 0), **QUICK)
             daemon = await nursery.start(partial(app.run, configured))
-            world = World(simulator, Spool(configured.spool), daemon.http_url)
+            control = configured.state / "control.sock"
+            world = World(simulator, Spool(configured.spool), daemon.http_url, control)
             nursery.start_soon(act, world)
             while missing:
                 for series, number in (await world.scrape()).items():

@@ -60,6 +60,7 @@ class ServerView:
     window: Prompts of ours that it may hold now.
     queue_remaining: Its own count, others' prompts included; None before the first.
     stale: Prompts of ours that have been silent for longer than ``stale_after``.
+    draining: A person asked to send nothing more, whatever its state is.
     version: ComfyUI's version, "" while unknown.
     """
 
@@ -73,6 +74,7 @@ class ServerView:
     window: int = 0
     queue_remaining: int | None = None
     stale: int = 0
+    draining: bool = False
     version: str = ""
     devices: tuple[Device, ...] = ()
 
@@ -111,6 +113,7 @@ class Snapshot:
     oldest_at: ``claimed_at`` of the oldest job ``queued`` and ``submitted`` (running ones too).
     jobs, more: Jobs at hand, oldest first, JOBS_MAX at most; and how many were left out.
     free_bytes: Space left to us on the spool's file system.
+    min_free_bytes: What is to stay free there; None if it is not known.
 
     """
 
@@ -125,6 +128,7 @@ class Snapshot:
     jobs: tuple[JobView, ...] = ()
     more: int = 0
     free_bytes: int | None = None
+    min_free_bytes: int | None = None
 
     def oldest_age_s(self, state: str) -> float:
         """Seconds since the oldest job in *state* was claimed, 0 if there is none."""

@@ -42,6 +42,7 @@ class Overview:
     Args:
       watched: The shells of every configured server.
       waiting: What everything waits for, as a sentence; "" if nothing.
+      min_free_bytes: What is to stay free on the spool's file system.
 
     """
 
@@ -55,6 +56,7 @@ class Overview:
         version: str,
         watched: Mapping[ServerName, Watched],
         waiting: Callable[[], str],
+        min_free_bytes: Callable[[], int],
     ) -> None:
         self._engine = engine
         self._journal = journal
@@ -63,6 +65,7 @@ class Overview:
         self._version = version
         self._watched = watched
         self._waiting = waiting
+        self._min_free_bytes = min_free_bytes
         self._started_at = clock.now_s()
 
     async def snapshot(self) -> Snapshot:
@@ -90,6 +93,7 @@ class Overview:
             jobs=tuple(self._job(job, at) for job in shown[:JOBS_MAX]),
             more=max(0, len(shown) - JOBS_MAX),
             free_bytes=free_bytes,
+            min_free_bytes=self._min_free_bytes(),
         )
 
     def status_line(self) -> str:
@@ -124,6 +128,7 @@ class Overview:
             window=server.room(self._engine.policy),
             queue_remaining=server.remaining if stats is not None else None,
             stale=self._engine.stale(server.name, now_s=at),
+            draining=server.draining,
             version="" if stats is None else stats.version,
             devices=() if stats is None else stats.devices,
         )

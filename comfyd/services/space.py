@@ -95,7 +95,7 @@ def disks(spool: Path, state: Path, min_free_bytes: int) -> list[Disk]:
 
 
 class Space:
-    """Looks at *disks* every LOOK_S, and at once when a write was refused.
+    """Looks at *disks*, the spool's first, every LOOK_S, and at once when a write was refused.
 
     Attributes:
       waiting: What everything waits for, as a sentence; "" if there is enough.
@@ -111,6 +111,11 @@ class Space:
         self._told: bool | None = None
         self._refused = trio.Event()
         self.waiting = ""
+
+    @property
+    def min_free_bytes(self) -> int:
+        """What is to stay free on the spool's file system."""
+        return self._disks[0].keep_bytes
 
     def refused(self) -> None:
         """A write was refused: see soon whether that is so for others too."""

@@ -17,6 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from comfyd.core.model import JobId, Outcome, Reason, Row, ServerName, State
+from comfyd.core.notes import Note
 from comfyd.core.present import SHOWN_STATES, job_summary, shown_counts
 from comfyd.core.snapshot import JobView, ServerState, ServerView, Snapshot
 from comfyd.core.wire.stats import Device
@@ -52,6 +53,8 @@ class Fixed:
             oldest_at={"queued": T - 30, "submitted": None},
         )
         self.readiness = READY
+        self.metrics = Metrics(CollectorRegistry())
+        self.metrics.prepare(["a"])
 
     async def snapshot(self):
         await trio.lowlevel.checkpoint()
@@ -83,10 +86,8 @@ def fixed():
 
 @pytest.fixture
 async def client(fixed):
-    metrics = Metrics(CollectorRegistry())
-    metrics.prepare(["a"])
     reads = Reads(snapshot=fixed.snapshot, rows=fixed.page, story=fixed.story)
-    app = site.build(metrics, reads, lambda: fixed.readiness)
+    app = site.build(fixed.metrics, reads, lambda: fixed.readiness)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://comfyd") as one:
         yield one
@@ -211,6 +212,23 @@ async def test_metrics_are_of_now_and_in_the_format_that_is_asked_for(client, fi
     assert opened.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     assert opened.text.endswith("# EOF\n")
     assert {f.name for f in parse_openmetrics(opened.text)} >= {"comfyd_jobs", "comfyd_completions"}
+
+
+async def test_who_scrapes_as_prometheus_does_gets_exemplars(client, fixed):
+    data: dict[str, object] = {
+        "outcome": "done",
+        "reason": None,
+        "durations_s": {},
+        "latency_s": 0.2,
+    }
+    fixed.metrics.observe([Note("finished", JobId("fox.01K0"), "a", data)])
+    accept = (
+        "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+        "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+    )
+    opened = await client.get("/metrics", headers={"accept": accept})
+    assert '# {job_id="fox.01K0"} 0.2' in opened.text
+    assert "fox.01K0" not in (await client.get("/metrics")).text
 
 
 @pytest.mark.parametrize(
