@@ -54,7 +54,7 @@ def overview() -> build.Dashboard:
                 "Daemon",
                 "Whether Prometheus reaches comfyd. Without it nothing below is current; jobs on "
                 "servers go on, and comfyd finds them again.",
-                4,
+                3,
                 ("ComfydDown", "ComfydRestarting"),
             ),
             Query(smallest(daemon("up"))),
@@ -65,7 +65,7 @@ def overview() -> build.Dashboard:
                 "Servers in trouble",
                 "Servers that are down, wedged or deaf. Draining ones are not counted: a person "
                 "wanted that. The board Servers shows which, and since when.",
-                4,
+                3,
                 (
                     "ComfydNoServerUsable",
                     "ComfydServerDown",
@@ -81,15 +81,36 @@ def overview() -> build.Dashboard:
             About(
                 "Failed in the last hour",
                 "Jobs that ended without a result. Below: why.",
-                4,
+                3,
                 ("ComfydFailuresNotTheirOwn", "ComfydJobLost"),
             ),
             Query(within(daemon("comfyd_jobs_finished_total", 'outcome="failed"'), "1h")),
             "short",
             steps=[(None, GREEN), (0.5, YELLOW), (10, RED)],
         ),
+        words(
+            About(
+                "Intake",
+                "Whether dropped files are taken. A person pauses it with `comfyd pause`, and ends "
+                "that with `comfyd resume`.",
+                3,
+                ("ComfydIntakePaused",),
+            ),
+            Query(largest(daemon("comfyd_intake_paused"))),
+            {0: ("open", GREEN), 1: ("PAUSED", ORANGE)},
+        ),
+        words(
+            About(
+                "Space",
+                "Whether everything waits for space on a disk. It goes on by itself once there is.",
+                3,
+                ("ComfydWaitingForSpace",),
+            ),
+            Query(largest(daemon("comfyd_waiting_for_space"))),
+            {0: ("enough", GREEN), 1: ("WAITS", RED)},
+        ),
         number(
-            About("Waiting", "Jobs that no server has yet.", 4),
+            About("Waiting", "Jobs that no server has yet.", 3),
             Query(total(daemon("comfyd_jobs", 'state="queued"'))),
             "short",
         ),
@@ -98,7 +119,7 @@ def overview() -> build.Dashboard:
                 "Oldest waiting job",
                 "How long the job that waits longest has waited. It grows without end when "
                 "nothing moves.",
-                4,
+                3,
                 ("ComfydQueueAgeHigh",),
             ),
             Query(largest(daemon("comfyd_oldest_job_age_seconds", 'state="queued"'))),
@@ -111,7 +132,7 @@ def overview() -> build.Dashboard:
                 "When the last job will be done if none is added: all jobs, times the mean run of "
                 "the last hour, over the servers that work. No answer: no server works, or no run "
                 "ended in the last hour.",
-                4,
+                3,
             ),
             Query(largest(EMPTY_IN)),
             "s",
@@ -227,14 +248,16 @@ def overview() -> build.Dashboard:
         graph(
             About(
                 "Spool: space left",
-                "Below `outputs.min_free_bytes` (1 GiB unless configured) everything waits, and "
-                "nothing is lost.",
+                "When what is free falls to what is kept free (`outputs.min_free_bytes`), everything "
+                "waits, and nothing is lost.",
                 6,
                 ("ComfydDiskLow", "ComfydWaitingForSpace"),
             ),
-            [Query(daemon("comfyd_spool_free_bytes"), "{{instance}}")],
+            [
+                Query(daemon("comfyd_spool_free_bytes"), "free at {{instance}}"),
+                Query(daemon("comfyd_spool_min_free_bytes"), "kept free at {{instance}}"),
+            ],
             "bytes",
-            steps=[(None, RED), (2**30, ORANGE), (2 * 2**30, GREEN)],
         ),
         graph(
             About(

@@ -48,7 +48,7 @@ def servers() -> build.Dashboard:
                 "down: no answer, nothing is sent. wedged: it answers and does not work, nothing "
                 "is sent. deaf: it sends no events, its prompts are polled, jobs go on. draining: "
                 "a person lets it finish.",
-                12,
+                8,
                 ("ComfydServerDown", "ComfydServerWedged", "ComfydSocketDeaf"),
             ),
             Query(largest(_EACH, BY_SERVER), NAME),
@@ -58,11 +58,22 @@ def servers() -> build.Dashboard:
             About(
                 "WebSocket",
                 "Whether it is open. While it is not, ends are found by polling, seconds later.",
-                12,
+                8,
                 ("ComfydSocketDeaf", "ComfydSocketFlapping"),
             ),
             Query(server("comfyd_websocket_connected"), NAME),
             {1: ("open", GREEN), 0: ("closed", RED)},
+        ),
+        timeline(
+            About(
+                "Drained by a person",
+                "Nothing is sent to a drained server until `comfyd resume SERVER`, and no alert "
+                "speaks of it.",
+                8,
+                ("ComfydServerDraining",),
+            ),
+            Query(largest(server("comfyd_server_draining"), BY_SERVER), NAME),
+            {0: ("no", GREEN), 1: ("draining", "blue")},
         ),
         row("How much do they do?"),
         stacked(
