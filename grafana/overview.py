@@ -248,8 +248,8 @@ def overview() -> build.Dashboard:
         graph(
             About(
                 "Spool: space left",
-                "When what is free falls to what is kept free (`outputs.min_free_bytes`), everything "
-                "waits, and nothing is lost.",
+                "When what is free falls to what is kept free (`outputs.min_free_bytes`), all "
+                "jobs wait, and nothing is lost.",
                 6,
                 ("ComfydDiskLow", "ComfydWaitingForSpace"),
             ),
