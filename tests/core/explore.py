@@ -20,6 +20,7 @@ LONG = [
     ("a", "ST", {**FAULTS, **MORE}, 2, PLAIN),
     *(("ab", "ST", {fault: 1}, 1, PLAIN) for fault in FAULTS),
     ("ab", "ST", {}, 0, Scene(window=2, down="T")),
+    ("ab", "S", {"crash": 1}, 1, Scene(window=2)),
     ("a", "S", FAULTS, 3, PLAIN),
 ]
 

@@ -40,10 +40,11 @@ WORLDS = {
     ("jobs", "servers", "faults", "most", "scene"),
     [
         ("a", "ST", FAULTS, 1, PLAIN),  # whatever goes wrong; two things: make explore
-        ("ab", "ST", {"crash": 1}, 1, PLAIN),  # a crash anywhere, with two jobs on two servers
+        ("ab", "S", {"crash": 1}, 1, PLAIN),  # the second waits for the first, a crash anywhere
+        ("ab", "ST", {}, 0, PLAIN),  # each on its own server; with what goes wrong: make explore
         *(("a", *world) for world in WORLDS.values()),
     ],
-    ids=["anything", "two jobs", *WORLDS],
+    ids=["anything", "two jobs", "two servers", *WORLDS],
 )
 def test_nothing_is_lost_doubled_or_stuck(jobs, servers, faults, most, scene):
     states = explore(jobs, servers, faults, most, scene)
