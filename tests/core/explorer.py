@@ -155,6 +155,10 @@ class World:
         """What the dispatcher does: handle, commit, then release."""
         assert self.engine is not None
         self.engine.handle(fact, now_s=self.now_s, u=0)
+        self.settle()
+
+    def settle(self) -> None:
+        assert self.engine is not None
         batch = self.engine.take(now_s=self.now_s, u=0)
         for change in batch.changes:
             old = self.store.get(change.row.job)
@@ -165,10 +169,15 @@ class World:
             del self.fences[prompt_id]
         self.settings |= dict(batch.settings)
         given = [order for order in batch.orders if not isinstance(order, orders.Read)]
+        fenced = {fence.server for fence in self.fences.values()}
+        sent = {order.row.server for order in given if isinstance(order, orders.Submit)}
+        assert not sent & fenced, "POST to a server with an attempt that may still run"
         self.work += tuple(("do", order, None) for order in given)
         for order in batch.orders:
             if isinstance(order, orders.Read):
-                self.tell(self.read(order))
+                self.engine.handle(self.read(order), now_s=self.now_s, u=0)
+        if len(given) < len(batch.orders):
+            self.settle()
 
     def read(self, order: orders.Read) -> facts.Fact:
         queued = [r for r in self.store.values() if r.state is State.QUEUED]
@@ -256,8 +265,6 @@ class World:
         for older in (prompt_id_of(row.job, n) for n in range(1, row.attempt)):
             gone = all(s.presence(older) is Presence.ABSENT for s in self.sims.values())
             assert gone or any(older in up for up in now.abandoned), "an older attempt is alive"
-        fenced = [fence for fence in self.fences.values() if fence.server == row.server]
-        assert not fenced, "POST to a server with an attempt that may still run"
         self.enqueue(row)
 
     def seen(self, row: Row | Fence, *, stop: bool = False, interrupt: bool = True) -> Presence:
@@ -285,9 +292,9 @@ class World:
         for name in sorted(self.shown()):
             yield f"take {name}", lambda w: setattr(w, "there", w.there - {name}), None
         if self.engine is None:
-            yield "start", World.start, None
+            yield "start", lambda w: w.start(), None
         else:
-            yield "crash", World.crash, "crash"
+            yield "crash", lambda w: w.crash(), "crash"
             local = [item for item in self.work if isinstance(item[1], LOCAL)][:1]
             for item in local or self.work:
                 rest = tuple(other for other in self.work if other is not item)

@@ -1,0 +1,107 @@
+"""Long random walks through the explorer's world: many jobs on many servers, with whatever goes wrong.
+
+The explorer visits every order of a few events; a walk goes on for hundreds of them, at odd times,
+with many facts in one batch. Each is made again by its seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from comfyd.core import facts
+from comfyd.core.job import deadline
+from comfyd.core.model import Reason, State
+from tests.core.explorer import POLICY, Scene, World
+
+FAULTS = (
+    "crash", "loss", "restart", "deaf", "drop", "evict", "echo", "cancel", "error", "missing",
+    "partial", "hang", "forget", "reject", "zombie", "stubborn", "hold", "drain", "full", "disk",
+    "conflict",
+)  # fmt: skip
+STEPS = 400  # with faults; then the world is let alone
+END = 20_000  # steps by which every job must have ended
+
+
+class Walk(World):
+    """A world where facts come in batches and nobody is woken on the dot."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = chance = random.Random(seed)
+        servers = "STU"[: chance.randint(1, 3)]
+        scene = Scene(
+            window=chance.randint(1, 3),
+            down="".join(name for name in servers if chance.random() < 0.2),
+            busy="".join(name for name in servers if chance.random() < 0.2),
+            queue_s=chance.choice([None, None, 5.3, 30.1]),
+            run_s=chance.choice([None, 3.7]),
+            stall_s=chance.choice([None, 2.9]),
+        )
+        jobs = "abcdefghijklmnopqr"[: chance.randint(1, 18)]
+        super().__init__(jobs, servers, dict.fromkeys(FAULTS, 3), 24, scene)
+        self.now_s += chance.random()
+        self.told = False
+
+    def tell(self, fact: facts.Fact) -> None:
+        assert self.engine is not None
+        self.engine.handle(fact, now_s=self.now_s, u=0)
+        self.told = True
+        if self.chance.random() < 0.6:
+            self.settle()
+
+    def settle(self) -> None:
+        self.told = False
+        super().settle()
+
+    def crash(self) -> None:
+        self.told = False
+        super().crash()
+
+    def tick(self, deadline_s: float) -> None:
+        assert self.engine is not None
+        self.settle()
+        deadline_s = self.engine.next_deadline_s()
+        if deadline_s == float("inf"):
+            return
+        super().tick(deadline_s + self.chance.choice([0.0, 0.0, self.chance.random()]))
+        self.settle()
+        assert self.engine.next_deadline_s() > self.now_s, "the auditor would never sleep"
+
+    def step(self, *, fault: bool) -> str:
+        """Make one move, at random; returns its name."""
+        may = [
+            (at, cost)
+            for at, (_, _, cost) in enumerate(self.moves())
+            if cost is None or (fault and self.faults and self.budget[cost])
+        ]
+        if not may or (self.told and self.chance.random() < 0.2):
+            self.settle()
+            return "settle"
+        costly = [move for move in may if move[1] is not None]
+        cheap = [move for move in may if move[1] is None]
+        hurts = costly and (not cheap or self.chance.random() < 0.12)
+        at, cost = self.chance.choice(costly if hurts else cheap)
+        if cost is not None:
+            self.faults, self.budget[cost] = self.faults - 1, self.budget[cost] - 1
+        label, act, _ = next(islice(self.moves(), at, None))  # made before the next is thought of
+        act(self)
+        self.check()
+        return label
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_job_ends_exactly_once(seed):
+    walk, trace = Walk(seed), []
+    try:
+        for step in range(END):
+            trace.append("?")
+            trace[-1] = walk.step(fault=step < STEPS)
+            if walk.finished():
+                break
+        assert walk.finished(), "not every job has ended"
+    except Exception as error:
+        raise AssertionError(f"{error!r} after {' > '.join(trace[-60:])}") from error
+    assert walk.delivered == Counter(walk.names)
