@@ -30,7 +30,7 @@ from comfyd.core.model import (
     Verdict,
 )
 from comfyd.core.notes import Kind, Note
-from comfyd.core.policy import exponential_s
+from comfyd.core.policy import exponential_s, has_lasted
 
 T = TypeVar("T")
 
@@ -213,5 +213,4 @@ def failure(reason: Reason, message: str, **detail: Any) -> Outcome:
 
 def is_abandoned(job: Job, ctx: Context) -> bool:
     """Whether nothing certain has been heard for so long that the attempt is given up."""
-    since_s = job.live.unsure_s
-    return since_s is not None and ctx.now_s - since_s >= ctx.policy.abandon_after_s
+    return has_lasted(job.live.unsure_s, ctx.policy.abandon_after_s, now_s=ctx.now_s)

@@ -40,6 +40,7 @@ from comfyd.core.moves import (
     with_live,
     with_row,
 )
+from comfyd.core.policy import has_lasted
 from comfyd.core.submitted import (
     absent,
     after,
@@ -86,14 +87,14 @@ def stopped(job: Job, fact: Probed, ctx: Context) -> Step:
             job = absent(job, fact, ctx)
             since_s = job.live.absent_s
             assert since_s is not None
-            if now_s - since_s >= policy.lost_grace_s:
+            if has_lasted(since_s, policy.lost_grace_s, now_s=now_s):
                 return after(audit, settled(job, ctx))
             until_s = since_s + policy.lost_grace_s
             return Step(plan(job, Ask.STOP, until_s), notes=(audit,), urgent=False)
         case Presence.PENDING | Presence.RUNNING:
             job = certain(job)
             running = fact.presence is Presence.RUNNING
-            late = now_s - job.live.since_s >= policy.stop_grace_s
+            late = has_lasted(job.live.since_s, policy.stop_grace_s, now_s=now_s)
             if is_recalled(job.row) and (running or late):
                 return after(audit, let_go_on(job, ctx, running=running))
             if not late:

@@ -57,7 +57,7 @@ from comfyd.core.moves import (
     with_row,
 )
 from comfyd.core.notes import Note
-from comfyd.core.policy import exponential_s, linear_s
+from comfyd.core.policy import exponential_s, has_lasted, linear_s
 
 
 def begun(job: Job, ctx: Context) -> Job:
@@ -129,7 +129,7 @@ def probed(job: Job, fact: Probed, ctx: Context) -> Step:
             job = absent(job, fact, ctx)
             since_s = job.live.absent_s
             assert since_s is not None
-            if now_s - since_s >= policy.lost_grace_s:
+            if has_lasted(since_s, policy.lost_grace_s, now_s=now_s):
                 return after(audit, lose(job, ctx))
             return Step(
                 plan(job, Ask.PROBE, since_s + policy.lost_grace_s), notes=(audit,), urgent=False
@@ -260,7 +260,7 @@ def _source(job: Job) -> tuple[Source, str | None]:
 def unreadable(job: Job, reason: str, ctx: Context) -> Step:
     """A record that cannot be read: the server's fault if it stays so, and then for good."""
     since_s = job.live.unreadable_s
-    if since_s is not None and ctx.now_s - since_s >= ctx.policy.stale_after_s:
+    if has_lasted(since_s, ctx.policy.stale_after_s, now_s=ctx.now_s):
         message = (
             f"Server {job.row.server} has a record of this prompt that cannot be read: {reason}."
         )
