@@ -669,7 +669,8 @@ class Engine:
                 alone = sum(not job.live.ended for job in here) == 1
                 for job in here:
                     if job.live.orphan == "":
-                        self._step(job, Orphaned(cause, alone), now_s, u)
+                        suspect = alone and not job.live.ended
+                        self._step(job, Orphaned(cause, suspect), now_s, u)
             case StalledPublisher():
                 self._set(fact.server, stalled=fact.stalled)
                 for job in here if fact.stalled else []:
@@ -790,7 +791,7 @@ class Engine:
             self.fleet.put(server.at_work())
         first = job.row.started_at is None
         self._step(job, hint, now_s, u)
-        if first and hint.sign is Sign.ALIVE:
+        if first:  # a sign of its start may have been overtaken by that of its end
             self._doubt_earlier(job.row, now_s, u)
 
     def _doubt_earlier(self, started: Row, now_s: float, u: float) -> None:
@@ -836,4 +837,6 @@ def _clamp(row: Row, now_s: float) -> Row:
         for name in times
         if getattr(row, name) is not None and getattr(row, name) > now_s
     }
+    if row.queue_by is not None and row.queue_s is not None:
+        late["queue_by"] = min(row.queue_by, now_s + row.queue_s)
     return msgspec.structs.replace(row, **late) if late else row

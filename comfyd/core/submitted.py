@@ -48,6 +48,7 @@ from comfyd.core.moves import (
     final_why,
     is_abandoned,
     issue,
+    may_run,
     noted,
     plan,
     requeue,
@@ -65,6 +66,11 @@ def begun(job: Job, ctx: Context) -> Job:
     if job.row.started_at is not None:
         return job
     return with_row(job, started_at=ctx.now_s, queue_by=None)
+
+
+def ran(job: Job) -> Job:
+    """It ran, whether that was heard or not: it was only to be taken out of a queue no longer."""
+    return with_row(job, why=None if may_run(job.row) else job.row.why, queue_by=None)
 
 
 def heard(job: Job, fact: Hint, ctx: Context) -> Job:
@@ -191,12 +197,14 @@ def recorded(job: Job, record: Record, ctx: Context) -> Step:
     if completion.is_foreign(job.row.job, job.row.attempt, record):
         return unreadable(job, "the record carries another job's mark", ctx)
     source, missed = _source(job)
+    job = ran(job)
     row, why = job.row, job.row.why
     ended = noted(job, "ended", source=source.value, missed=missed, end=record.end.value)
-    if final_why(row) is not None:
-        assert why is not None
+    if why is None:
+        outcome = completion.judge(row, record)
+    elif why.state is not State.QUEUED:
         outcome = completion.judge_stopped(row, record, why)
-    elif why is not None and why.reason is not None and record.end is End.INTERRUPTED:
+    elif record.end is End.INTERRUPTED:
         return after(ended, settled(job, ctx))  # by us: it is to be made again
     else:
         outcome = completion.judge(row, record)
@@ -411,7 +419,7 @@ def late_success(job: Job, fact: LateSuccess, ctx: Context) -> Step:
     if attempt is None or completion.is_foreign(row.job, attempt, fact.record):
         return Step(job, notes=(dropped(job, "no_effect"),), urgent=False)
     outcome = completion.judge(row, fact.record)
-    job = with_row(job, server=fence.server, origin=fence.origin, prompt_id=fence.prompt_id)
+    job = with_row(ran(job), server=fence.server, origin=fence.origin, prompt_id=fence.prompt_id)
     source = Source.RECONNECT
     ended = noted(job, "ended", source=source.value, missed="disconnected", end="success")
     kept = collected_of(job.row, outcome, fact.record, source, ctx)
