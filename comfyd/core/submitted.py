@@ -69,7 +69,7 @@ def begun(job: Job, ctx: Context) -> Job:
 
 
 def ran(job: Job) -> Job:
-    """It ran, whether that was heard or not: it was only to be taken out of a queue no longer."""
+    """It ran, whether that was heard or not: its wait is over, and why it was to end with that."""
     return with_row(job, why=None if may_run(job.row) else job.row.why, queue_by=None)
 
 
@@ -200,14 +200,12 @@ def recorded(job: Job, record: Record, ctx: Context) -> Step:
     job = ran(job)
     row, why = job.row, job.row.why
     ended = noted(job, "ended", source=source.value, missed=missed, end=record.end.value)
-    if why is None:
+    if why is None or (why.state is State.QUEUED and record.end is not End.INTERRUPTED):
         outcome = completion.judge(row, record)
-    elif why.state is not State.QUEUED:
-        outcome = completion.judge_stopped(row, record, why)
-    elif record.end is End.INTERRUPTED:
+    elif why.state is State.QUEUED:
         return after(ended, settled(job, ctx))  # by us: it is to be made again
     else:
-        outcome = completion.judge(row, record)
+        outcome = completion.judge_stopped(row, record, why)
     notes = (ended, *blamed(job, outcome, record, ctx))
     if final_why(row) is None and ctx.elsewhere and verdicts.asks_elsewhere(row, outcome):
         return try_elsewhere(job, outcome, ctx, *notes)

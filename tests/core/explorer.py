@@ -61,6 +61,7 @@ class Sim:
     client: str | None = None
     deaf: bool = False
     hung: bool = False  # it answers nothing and runs nothing, and remembers all of it
+    off: bool = False  # no process is there: its address refuses, its memory is gone
     dead: bool = False  # its worker is: it takes prompts and runs none
 
     def presence(self, pid: str) -> Presence:
@@ -243,8 +244,13 @@ class World:
         self.tell(facts.Disconnected(server=ServerName(name), cause="ping_timeout"))
         self.tell(facts.Health(server=ServerName(name), ok=False))
 
+    def switch_off(self, name: str) -> None:
+        self.hang(name)
+        self.sims[name] = Sim(hung=True, off=True)
+        self.ghosts = tuple(ghost for ghost in self.ghosts if ghost[0].server != name)
+
     def wake(self, name: str) -> None:
-        self.put(name, hung=False)
+        self.put(name, hung=False, off=False)
         until_s = self.now_s + GHOST_S
         self.ghosts = tuple((r, until_s if r.server == name else s) for r, s in self.ghosts)
         if self.engine is not None:
@@ -299,8 +305,9 @@ class World:
             for item in local or self.work:
                 rest = tuple(other for other in self.work if other is not item)
                 about = item[1].fence if isinstance(item[1], orders.Fence) else item[1].row
-                hung = about.server is not None and self.sims[about.server].hung
-                for label, act, cost in (into_the_void if hung else carry_out)(*item):
+                sim = Sim() if about.server is None else self.sims[about.server]
+                goes = refused if sim.off else into_the_void if sim.hung else carry_out
+                for label, act, cost in goes(*item):
                     label = f"{label} {about.job}"
                     yield label, lambda w: (setattr(w, "work", rest), act(w)), cost
             if local:
@@ -345,6 +352,7 @@ class World:
                     yield f"forget {name}", lambda w: w.tell(forget), "forget"
                 else:
                     yield f"{name} hangs", lambda w: w.hang(name), "hang"
+                    yield f"{name} goes off", lambda w: w.switch_off(name), "off"
                     drain = facts.DrainAsked(server=ServerName(name))
                     yield f"drain {name}", lambda w: w.tell(drain), "drain"
                 if self.engine.servers[ServerName(name)].draining:
@@ -467,6 +475,25 @@ def into_the_void(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, s
             yield "no answer", lambda w: w.answer(failed), None
         case _:
             yield from carry_out(at, order, queue)
+
+
+def refused(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str | None]]:
+    """What comes of an order for a server whose address refuses connections."""
+    match order:
+        case orders.Submit() if at == "do":
+            not_sent = facts.NotSent(token=order.token, reason="refused")
+            yield "refused", lambda w: w.answer(not_sent), None
+        case orders.Submit():
+            unknown = facts.SubmitUnknown(token=order.token, reason="closed")
+            yield "unheard", lambda w: w.answer(unknown), None
+        case orders.Probe() | orders.Stop():
+            probed = facts.Probed(token=order.token, presence=Presence.REFUSED)
+            yield "refused", lambda w: w.answer(probed), None
+        case orders.Fence():
+            fenced = facts.Fenced(prompt_id=order.fence.prompt_id, presence=Presence.REFUSED)
+            yield "refused", lambda w: w.answer(fenced), None
+        case _:
+            yield from into_the_void(at, order, queue)
 
 
 def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str | None]]:

@@ -25,6 +25,8 @@ FAULTS = {
 WORLDS = {
     "a server hangs, and may be given up": ("S", {"hang": 1, "forget": 1, "crash": 1}, 2, PLAIN),
     "one of two hangs": ("ST", {"hang": 1, "cancel": 1}, 2, PLAIN),
+    "a server is switched off": ("S", {"off": 2, "cancel": 1, "crash": 1}, 2, PLAIN),
+    "one of two is switched off": ("ST", {"off": 1, "crash": 1}, 1, PLAIN),
     "servers say no": ("ST", {"reject": 2, "error": 2, "crash": 1}, 2, PLAIN),
     "one says no, the other is down": ("ST", {"reject": 1, "error": 1}, 1, Scene(down="T")),
     "a worker dies": ("ST", {"zombie": 1, "crash": 1}, 2, PLAIN),

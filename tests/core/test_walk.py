@@ -19,7 +19,7 @@ from tests.core.explorer import POLICY, Scene, World
 
 FAULTS = (
     "crash", "loss", "restart", "deaf", "drop", "evict", "echo", "cancel", "error", "missing",
-    "partial", "hang", "forget", "reject", "zombie", "stubborn", "hold", "drain", "full", "disk",
+    "partial", "hang", "off", "forget", "reject", "zombie", "stubborn", "hold", "drain", "full", "disk",
     "conflict",
 )  # fmt: skip
 STEPS = 400  # with faults; then the world is let alone
