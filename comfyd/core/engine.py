@@ -42,7 +42,6 @@ from comfyd.core.facts import (
     QueueSeen,
     Rejected,
     ResumeAsked,
-    Sign,
     SpaceSeen,
     StalledPublisher,
     SubmitUnknown,

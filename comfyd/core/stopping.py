@@ -71,8 +71,8 @@ def stop(job: Job, fact: CancelAsked, ctx: Context) -> Step:
             if final_why(job.row) is not None and not may_run(job.row):
                 return Step(job, urgent=False)
             return issue(with_row(job, why=why), Ask.STOP)
-        case _:
-            return collect_as(job, why, ctx)
+        case _:  # and what it did to the daemon before is over with it
+            return collect_as(job, why, ctx, crashes=0)
 
 
 def stopped(job: Job, fact: Probed, ctx: Context) -> Step:

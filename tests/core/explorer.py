@@ -123,15 +123,7 @@ class World:
     # --- the daemon ------------------------------------------------------------------------------
 
     def start(self) -> None:
-        window = self.scene.window
-        servers = [Server(name=ServerName(n), origin=n, window=window) for n in self.sims]
-        self.engine = engines.Engine(servers, POLICY, Counter(r.state for r in self.store.values()))
-        idle = {State.QUEUED, State.HELD}
-        rows = [r for r in self.store.values() if r.state not in idle and not r.retired]
-        fences = tuple(self.fences.values())
-        self.engine.load(
-            rows, crashed=True, now_s=self.now_s, u=0, fences=fences, settings=self.settings
-        )
+        self.engine = self.loaded(crashed=True)
         for name, sim in self.sims.items():
             self.engine.handle(
                 facts.Health(server=ServerName(name), ok=not sim.hung), now_s=self.now_s, u=0
@@ -139,6 +131,19 @@ class World:
             if not sim.hung:
                 self.connect(name)
         self.tell(facts.Tick())
+
+    def loaded(self, *, crashed: bool) -> engines.Engine:
+        """An engine that knows what the journal does."""
+        window = self.scene.window
+        servers = [Server(name=ServerName(n), origin=n, window=window) for n in self.sims]
+        engine = engines.Engine(servers, POLICY, Counter(r.state for r in self.store.values()))
+        idle = {State.QUEUED, State.HELD}
+        rows = [r for r in self.store.values() if r.state not in idle and not r.retired]
+        fences = tuple(self.fences.values())
+        engine.load(
+            rows, crashed=crashed, now_s=self.now_s, u=0, fences=fences, settings=self.settings
+        )
+        return engine
 
     def connect(self, name: str) -> None:
         client = f"{name}{self.faults}"

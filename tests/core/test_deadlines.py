@@ -84,7 +84,9 @@ def test_only_what_a_live_connection_would_hear_can_stall():
     life = Life(timeouts=OWN).accept().hint(Sign.ALIVE)
     life.tell(Orphaned("disconnected"))
     assert deadline(life.job, POLICY) == (100.0, Reason.RUN_TIMEOUT)
-    loaded = lifecycle.load(Life(timeouts=OWN).accept().hint(Sign.ALIVE).job.row, at(3), crashed=True)
+    loaded = lifecycle.load(
+        Life(timeouts=OWN).accept().hint(Sign.ALIVE).job.row, at(3), crashed=True
+    )
     assert deadline(loaded.job, POLICY) == (100.0, Reason.RUN_TIMEOUT)
 
 
@@ -374,14 +376,12 @@ def test_a_job_that_no_server_takes_in_time_fails_wherever_it_waits():
 
 def test_a_queue_deadline_that_passed_while_no_daemon_ran_is_found_at_start():
     rig = Rig(1)
-    rig.store[JobId("x")] = Row(job=JobId("x"), seq=0, queue_s=1.0, queue_by=rig.now_s - 5.0)
-    rig.engine.counts[State.QUEUED] += 1
-    fresh = Rig(1)
-    fresh.store = rig.store
-    fresh.engine = type(rig.engine)(rig.engine.servers.values(), POLICY, rig.engine.counts)
-    fresh.engine.load([], crashed=True, now_s=fresh.now_s, u=0.0)
-    fresh.tell(facts.Health(server=A, ok=False))
-    row = fresh.store[JobId("x")]
+    rig.tell(facts.Health(server=A, ok=False))
+    rig.drop("x", queue_s=60.0, queue_by=rig.now_s + 60.0)
+    rig.now_s += 1000.0
+    rig.start()
+    rig.tell()
+    row = rig.store[JobId("x")]
     assert row.outcome is not None
     assert row.outcome.reason is Reason.QUEUE_TIMEOUT
 

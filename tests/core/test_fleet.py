@@ -222,7 +222,7 @@ def test_nothing_waits_for_a_server_that_is_drained_while_it_is_down():
 
 
 def test_a_server_that_is_resumed_while_it_is_down_is_waited_for_anew():
-    """It was drained for hours, and is restarted now: that it was down is no sign that it is gone."""
+    """It was drained for hours, and is restarted now: it is not gone for having been down."""
     rig = Rig(1, 1)
     rig.tell(facts.DrainAsked(server=B))
     rig.tell(facts.Health(server=B, ok=False), after_s=1e4)
@@ -242,11 +242,11 @@ def test_a_drained_server_finishes_and_gets_nothing_more_even_after_a_restart():
     assert names(rig.drop("y")) == []
     finish(rig, "x")
     assert rig.store[JobId("x")].outcome is not None
-    fresh = Rig(2)
-    fresh.engine.load([], crashed=True, now_s=fresh.now_s, u=0.0, settings={"draining": ["a", "b"]})
-    assert fresh.engine.servers[A].draining
-    assert names(fresh.drop("y")) == []
-    assert names(fresh.tell(facts.ResumeAsked(server=A))) == ["y"]
+    rig.start()
+    rig.tell(facts.Health(server=A, ok=True), facts.Connected(server=A, client_id="again"))
+    assert rig.engine.servers[A].draining
+    assert names(rig.given) == ["x"]
+    assert names(rig.tell(facts.ResumeAsked(server=A))) == ["y"]
 
 
 def test_what_waits_on_a_server_is_not_fetched_back_for_a_drained_one():
@@ -296,9 +296,9 @@ def test_a_row_of_a_server_that_is_configured_no_more_takes_no_place():
     rig = Rig(1)
     row = sent("old", C)
     rig.store[row.job] = row
-    rig.engine.counts[State.SUBMITTED] += 1
-    rig.engine.load([row], crashed=True, now_s=rig.now_s, u=0.0)
-    assert [type(o) for o in rig.tell()] == [orders.Probe]
+    rig.start()
+    assert [type(o) for o in rig.tell(facts.Health(server=A, ok=True))] == [orders.Probe]
+    rig.tell(facts.Connected(server=A, client_id="again"))
     assert names(rig.drop("x")) == ["x"]
     for _ in range(100):
         rig.tell(facts.Probed(token=rig.token("old"), presence=Presence.UNKNOWN))

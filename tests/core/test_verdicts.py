@@ -20,7 +20,7 @@ from comfyd.core.model import (
     State,
     Verdict,
 )
-from tests.core.test_engine import A, B, CUDA, Rig, end, here, raised
+from tests.core.test_engine import CUDA, A, B, Rig, end, here, raised
 
 X = JobId("x")
 NO = Outcome(state=State.FAILED, reason=Reason.REJECTED, message="no such model", detail={"a": 1})
@@ -192,12 +192,11 @@ def test_verdicts_outlive_a_restart():
     rig.tell(facts.Health(server=B, ok=False))
     rig.drop("x")
     reject(rig)
-    fresh = Rig(1, 1)
-    fresh.store = dict(rig.store)
-    fresh.engine.counts[State.QUEUED] += 1
-    fresh.engine.load([], crashed=True, now_s=fresh.now_s, u=0.0)
-    fresh.engine._more = True
-    given = fresh.tell(facts.Tick())
+    rig.start()
+    given = rig.tell(
+        *(facts.Health(server=name, ok=True) for name in (A, B)),
+        *(facts.Connected(server=name, client_id="again") for name in (A, B)),
+    )
     assert [(order.row.job, order.row.server) for order in given] == [("x", B)]
 
 

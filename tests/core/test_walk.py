@@ -1,4 +1,4 @@
-"""Long random walks through the explorer's world: many jobs on many servers, with whatever goes wrong.
+"""Long random walks through the explorer's world: many jobs, many servers, all that goes wrong.
 
 The explorer visits every order of a few events; a walk goes on for hundreds of them, at odd times,
 with many facts in one batch. Each is made again by its seed.
@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 
-from comfyd.core import facts
-from comfyd.core.job import deadline
-from comfyd.core.model import Reason, State
+from comfyd.core import facts, orders
+from comfyd.core.job import Job, deadline
 from tests.core.explorer import POLICY, Scene, World
 
 FAULTS = (
     "crash", "loss", "restart", "deaf", "drop", "evict", "echo", "cancel", "error", "missing",
-    "partial", "hang", "off", "forget", "reject", "zombie", "stubborn", "hold", "drain", "full", "disk",
-    "conflict",
+    "partial", "hang", "off", "forget", "reject", "zombie", "stubborn", "hold", "drain", "full",
+    "disk", "conflict",
 )  # fmt: skip
 STEPS = 400  # with faults; then the world is let alone
 END = 20_000  # steps by which every job must have ended
@@ -55,6 +55,27 @@ class Walk(World):
     def settle(self) -> None:
         self.told = False
         super().settle()
+        if self.chance.random() < 0.05:
+            self.compare()
+
+    def compare(self) -> None:
+        """A daemon that starts from the journal now decides as the one that goes on."""
+        assert self.engine is not None
+        engine, twin = self.engine, self.loaded(crashed=False)
+        assert +twin.counts == +engine.counts
+        assert twin.fleet.watches.keys() == engine.fleet.watches.keys()
+        for name, server in engine.servers.items():
+            assert twin.servers[name].draining == server.draining
+            assert twin.on_server[name].keys() == engine.on_server[name].keys()
+        for job_id, job in engine.jobs.items():
+            if job.row.state.in_flight:  # what nobody hears cannot stall: but for that, the same
+                ours, theirs = (
+                    deadline(Job(each.row, replace(each.live, stalling=True, ended=False)), POLICY)
+                    for each in (job, twin.jobs[job_id])
+                )
+                assert ours == theirs, "a restart has changed a deadline"
+        batch = twin.take(now_s=self.now_s, u=0)
+        assert not any(isinstance(order, orders.Submit) for order in batch.orders)
 
     def crash(self) -> None:
         self.told = False
@@ -75,7 +96,7 @@ class Walk(World):
         raise AssertionError("the auditor never sleeps")
 
     def step(self, *, fault: bool) -> str:
-        """Make one move, at random; returns its name."""
+        """Make one move at random, and return its name."""
         may = [
             (at, cost)
             for at, (_, _, cost) in enumerate(self.moves())
