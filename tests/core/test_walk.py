@@ -6,6 +6,7 @@ with many facts in one batch. Each is made again by its seed.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,9 @@ from itertools import islice
 
 import pytest
 
-from comfyd.core import facts, orders
+from comfyd.core import engine as engines
+from comfyd.core import facts, orders, submitted
+from comfyd.core.fleet import Fleet
 from comfyd.core.job import Job, deadline
 from tests.core.explorer import POLICY, Scene, World
 
@@ -85,7 +88,7 @@ class Walk(World):
         assert self.engine is not None
         self.settle()
         deadline_s = self.engine.next_deadline_s()
-        if deadline_s == float("inf"):
+        if deadline_s == math.inf:
             return
         super().tick(deadline_s + self.chance.choice([0.0, 0.0, self.chance.random()]))
         for _ in range(3):  # several deadlines of one job may have passed
@@ -117,9 +120,9 @@ class Walk(World):
         return label
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_every_job_ends_exactly_once(seed):
-    walk, trace = Walk(seed), []
+def walk_to_the_end(seed: int) -> None:
+    """Raises AssertionError, with the way there, if a rule is broken or a job never ends."""
+    walk, trace = Walk(seed), ["begin"]
     try:
         for step in range(END):
             trace.append("?")
@@ -127,6 +130,32 @@ def test_every_job_ends_exactly_once(seed):
             if walk.finished():
                 break
         assert walk.finished(), "not every job has ended"
+        assert walk.delivered == Counter(walk.names)
     except Exception as error:
         raise AssertionError(f"{error!r} after {' > '.join(trace[-60:])}") from error
-    assert walk.delivered == Counter(walk.names)
+
+
+def walk_all() -> None:
+    for seed in range(100):
+        walk_to_the_end(seed)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_every_job_ends_exactly_once(seed):
+    walk_to_the_end(seed)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "bug", "found"),
+    [
+        (submitted, "given_up", lambda row: row.abandoned, "an older attempt is alive"),
+        (Fleet, "watch", lambda fleet, fence: None, "may still run"),
+        (engines, "wake_s", lambda job, policy: math.inf, "never ends|not every job has ended"),
+    ],
+    ids=["given up in silence", "a fence that nobody heeds", "nobody is ever woken"],
+)
+def test_a_walk_finds_what_is_wrong(monkeypatch, where, name, bug, found):
+    monkeypatch.setattr(where, name, bug)
+    monkeypatch.setattr("tests.core.test_walk.END", 3000)
+    with pytest.raises(AssertionError, match=found):
+        walk_all()
