@@ -42,7 +42,6 @@ from comfyd.core.facts import (
     QueueSeen,
     Rejected,
     ResumeAsked,
-    Sign,
     SpaceSeen,
     StalledPublisher,
     SubmitUnknown,
@@ -70,7 +69,7 @@ from comfyd.core.job import (
     wake_s,
 )
 from comfyd.core.model import End, Fence, JobId, PromptId, Row, ServerName, State
-from comfyd.core.moves import is_recalled
+from comfyd.core.moves import is_recalled, token_of
 from comfyd.core.notes import Note
 from comfyd.core.orders import Expire, JobOrder, Order, Refill, Summon
 from comfyd.core.orders import Fence as FenceOrder
@@ -157,7 +156,8 @@ class Engine:
         self._queue: list[tuple[int, int, JobId]] = []  # a heap; entries may be outdated
         self._queued = 0  # queued jobs in memory
         self._picky: dict[JobId, None] = {}  # those of them that servers have refused
-        self._picked = True  # whether each of those still has a server to wait for
+        self._picked = True  # whether each of those still has one of these to wait for:
+        self._hopeful = frozenset[ServerName]()
         self._due: list[tuple[float, JobId]] = []  # a heap; entries may come too early
         self._wakes: dict[JobId, float] = {}  # the earliest entry of each job there
         self._more = True  # the journal may hold due rows that are not in memory
@@ -262,7 +262,7 @@ class Engine:
             self.jobs[job_id] = Job(row, job.live)
             changes.append(Change(row, expected))
         self._forget(pending.dirty)
-        orders = [self._current(order) for order in pending.orders]
+        orders = [current for order in pending.orders if (current := self._current(order))]
         if pending.purposes:
             orders.append(Summon(purposes=tuple(pending.purposes)))
         return Batch(
@@ -284,9 +284,7 @@ class Engine:
                 if self._now_s < opens_s < deadline_s:
                     deadline_s = opens_s
         if self._picky:
-            hopes_end_s = self.fleet.hopes_end_s()
-            if hopes_end_s > self._now_s:
-                deadline_s = min(deadline_s, hopes_end_s)
+            deadline_s = min(deadline_s, self.fleet.hopes_end_s(self._now_s))
         for watch in self.fleet.watches.values():
             if not watch.asked and self.servers[watch.fence.server].up:
                 deadline_s = min(deadline_s, watch.look_s)
@@ -446,12 +444,13 @@ class Engine:
         if row.prompt_id is not None:
             self._prompts.pop(row.prompt_id, None)
 
-    def _current(self, order: Order) -> Order:
-        """The order with the row as committed, version and all."""
+    def _current(self, order: Order) -> Order | None:
+        """The order with the row as committed, version and all; None if it is overtaken: by now
+        that row may speak of another prompt."""
         if not isinstance(order, JobOrder):
             return order
         job = self.jobs.get(order.row.job)
-        return order if job is None else replace(order, row=job.row)
+        return replace(order, row=job.row) if job and token_of(job) == order.token else None
 
     def _drop(self, reason: str) -> None:
         self._pending.notes.append(Note("dropped", None, None, {"reason": reason}, story=False))
@@ -515,10 +514,12 @@ class Engine:
 
     def _place(self, now_s: float, u: float) -> None:
         """Give queued jobs places, and take from servers what others could run."""
-        if self.fleet.keep_fit(now_s) or now_s >= self.fleet.hopes_end_s():
-            self._picked = False
-        if self._picky and not self._picked:
+        self.fleet.keep_fit(now_s)
+        hopeful = self.fleet.hopeful(now_s)
+        if self._picky and not (self._picked and hopeful == self._hopeful):
             self._give_up_picky(now_s, u)
+        self._hopeful, self._picked = hopeful, True
+        self._recall_s = math.inf
         if self.space and self.counts[State.COLLECTING] < COLLECTING_MAX:
             self._assign(now_s, u)
             self._recall(now_s, u)
@@ -533,7 +534,6 @@ class Engine:
 
     def _give_up_picky(self, now_s: float, u: float) -> None:
         """End what servers have refused and no other is left to try."""
-        self._picked = True
         for job_id in list(self._picky):
             job = self.jobs[job_id]
             if not self.fleet.elsewhere(job.row, now_s):
@@ -564,7 +564,6 @@ class Engine:
 
     def _recall(self, now_s: float, u: float) -> None:
         """Fetch prompts back that wait on a server while another one could run them."""
-        self._recall_s = math.inf
         fleet = self.fleet
         if len(self.servers) < 2 or not any(fleet.on_server.values()):
             return
@@ -669,7 +668,8 @@ class Engine:
                 alone = sum(not job.live.ended for job in here) == 1
                 for job in here:
                     if job.live.orphan == "":
-                        self._step(job, Orphaned(cause, alone), now_s, u)
+                        suspect = alone and not job.live.ended
+                        self._step(job, Orphaned(cause, suspect), now_s, u)
             case StalledPublisher():
                 self._set(fact.server, stalled=fact.stalled)
                 for job in here if fact.stalled else []:
@@ -767,7 +767,7 @@ class Engine:
                 self._remember(DRAINING, self._draining())
             case ResumeAsked():
                 server = self._set(fact.server, draining=False, failures=0, closed_until_s=0.0)
-                self.fleet.put(server.renewed())
+                self.fleet.put(replace(server.renewed(), unfit_since_s=None))
                 self._remember(DRAINING, self._draining())
 
     def _draining(self) -> list[str]:
@@ -790,7 +790,7 @@ class Engine:
             self.fleet.put(server.at_work())
         first = job.row.started_at is None
         self._step(job, hint, now_s, u)
-        if first and hint.sign is Sign.ALIVE:
+        if first:  # a sign of its start may have been overtaken by that of its end
             self._doubt_earlier(job.row, now_s, u)
 
     def _doubt_earlier(self, started: Row, now_s: float, u: float) -> None:
@@ -836,4 +836,6 @@ def _clamp(row: Row, now_s: float) -> Row:
         for name in times
         if getattr(row, name) is not None and getattr(row, name) > now_s
     }
+    if row.queue_by is not None and row.queue_s is not None:
+        late["queue_by"] = min(row.queue_by, now_s + row.queue_s)
     return msgspec.structs.replace(row, **late) if late else row

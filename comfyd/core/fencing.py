@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from comfyd.core.facts import Fenced, Presence
 from comfyd.core.model import Fence
-from comfyd.core.policy import Policy, exponential_s
+from comfyd.core.policy import Policy, exponential_s, has_lasted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Watch:
 
     def is_stubborn(self, policy: Policy, *, now_s: float) -> bool:
         """Whether it goes on although it was told to stop: its server is stuck."""
-        return self.alive_s is not None and now_s - self.alive_s >= policy.stop_retry_s
+        return has_lasted(self.alive_s, policy.stop_retry_s, now_s=now_s)
 
 
 def looked(watch: Watch, fact: Fenced, policy: Policy, *, now_s: float, u: float) -> Watch | None:
@@ -48,7 +48,7 @@ def looked(watch: Watch, fact: Fenced, policy: Policy, *, now_s: float, u: float
         case Presence.ABSENT | Presence.REFUSED | Presence.UNREADABLE:
             # An unreadable record is one all the same, or will be none: it is not in the queue.
             since_s = now_s if watch.absent_s is None else watch.absent_s
-            if now_s - since_s >= policy.lost_grace_s:
+            if has_lasted(since_s, policy.lost_grace_s, now_s=now_s):
                 return None
             until_s = since_s + policy.lost_grace_s
             return replace(watch, absent_s=since_s, alive_s=None, look_s=until_s)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from comfyd.core import verdicts
 from comfyd.core.fencing import Watch
 from comfyd.core.model import Fence, JobId, PromptId, Reason, Row, ServerName, State
-from comfyd.core.policy import Policy
+from comfyd.core.policy import Policy, has_lasted
 from comfyd.core.server import Server
 
 
@@ -94,9 +94,8 @@ class Fleet:
             if watch.fence.server == name and watch.absent_s is None:
                 self.watches[prompt_id] = replace(watch, look_s=now_s)
 
-    def keep_fit(self, now_s: float) -> bool:
-        """Note since when each server cannot be used; whether that has changed for any."""
-        changed = False
+    def keep_fit(self, now_s: float) -> None:
+        """Note since when each server cannot be used."""
         for server in list(self.servers.values()):
             fit = (
                 server.up is not False
@@ -106,8 +105,6 @@ class Fleet:
             )
             if fit != (server.unfit_since_s is None):
                 self.put(replace(server, unfit_since_s=None if fit else now_s))
-                changed = True
-        return changed
 
     # --- what is so ------------------------------------------------------------------------------
 
@@ -155,15 +152,18 @@ class Fleet:
         """Whether it is worth waiting for: it is well, or has not been unwell for long."""
         if server.refusal or server.draining:
             return False
-        since_s = server.unfit_since_s
-        return since_s is None or now_s - since_s < self.policy.abandon_after_s
+        return not has_lasted(server.unfit_since_s, self.policy.abandon_after_s, now_s=now_s)
 
-    def hopes_end_s(self) -> float:
-        """When the next server that cannot be used stops being worth waiting for."""
+    def hopeful(self, now_s: float) -> frozenset[ServerName]:
+        """Those worth waiting for."""
+        return frozenset(s.name for s in self.servers.values() if self.is_hopeful(s, now_s))
+
+    def hopes_end_s(self, now_s: float) -> float:
+        """When the next of those stops being so, if nothing changes."""
         ends = (
             server.unfit_since_s + self.policy.abandon_after_s
             for server in self.servers.values()
-            if server.unfit_since_s is not None
+            if server.unfit_since_s is not None and self.is_hopeful(server, now_s)
         )
         return min(ends, default=math.inf)
 

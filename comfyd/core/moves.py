@@ -30,7 +30,7 @@ from comfyd.core.model import (
     Verdict,
 )
 from comfyd.core.notes import Kind, Note
-from comfyd.core.policy import exponential_s
+from comfyd.core.policy import exponential_s, has_lasted
 
 T = TypeVar("T")
 
@@ -69,6 +69,13 @@ def is_recalled(row: Row) -> bool:
     return row.why is not None and row.why.state is State.QUEUED and row.why.reason is None
 
 
+def may_run(row: Row) -> bool:
+    """Whether its prompt is only to be taken out of a server's queue: if it runs by now, it has
+    what it waited for, and goes on."""
+    late = row.why is not None and row.why.reason is Reason.QUEUE_TIMEOUT
+    return late or is_recalled(row)
+
+
 def token_of(job: Job) -> Token:
     return Token(job.row.job, job.row.attempt, job.live.seq)
 
@@ -96,8 +103,7 @@ def issue(job: Job, ask: Ask) -> Step:
         return Step(with_live(job, want=max(ask, live.want or ask), look_s=math.inf))
     job = with_live(job, order=ask, seq=live.seq + 1, look_s=math.inf)
     if ask is Ask.STOP:
-        # One that is only fetched back may go on if it runs by now.
-        stop = orders.Stop(token=token_of(job), row=job.row, interrupt=not is_recalled(job.row))
+        stop = orders.Stop(token=token_of(job), row=job.row, interrupt=not may_run(job.row))
         return Step(job, (stop,))
     return Step(job, (_ORDER_OF[ask](token=token_of(job), row=job.row),))
 
@@ -213,5 +219,4 @@ def failure(reason: Reason, message: str, **detail: Any) -> Outcome:
 
 def is_abandoned(job: Job, ctx: Context) -> bool:
     """Whether nothing certain has been heard for so long that the attempt is given up."""
-    since_s = job.live.unsure_s
-    return since_s is not None and ctx.now_s - since_s >= ctx.policy.abandon_after_s
+    return has_lasted(job.live.unsure_s, ctx.policy.abandon_after_s, now_s=ctx.now_s)

@@ -49,6 +49,15 @@ class Policy:
     recall_after_s: float = 10.0
 
 
+def has_lasted(since_s: float | None, span_s: float, *, now_s: float) -> bool:
+    """Whether what began at *since_s* has gone on for *span_s*; None has not begun.
+
+    True from ``since_s + span_s`` on, to the last bit: looks are planned for that sum, and
+    ``now_s - since_s`` may be rounded to just below the span then.
+    """
+    return since_s is not None and now_s >= since_s + span_s
+
+
 def linear_s(tries: int, step_s: float, *, u: float) -> float:
     """The wait after the *tries*-th failure (1-based): ``step_s x tries``, at most 10 % more."""
     return step_s * tries * (1 + 0.1 * u)

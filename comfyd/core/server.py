@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from comfyd.core.model import JobId, ServerName
-from comfyd.core.policy import Policy, window
+from comfyd.core.policy import Policy, has_lasted, window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ class Server:
         if not pending:
             return replace(self, idle_since_s=None)
         since_s = now_s if self.idle_since_s is None else self.idle_since_s
-        wedged = self.wedged or now_s - since_s >= policy.wedge_after_s
+        wedged = self.wedged or has_lasted(since_s, policy.wedge_after_s, now_s=now_s)
         return replace(self, idle_since_s=since_s, wedged=wedged)
 
     def renewed(self) -> Server:

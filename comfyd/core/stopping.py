@@ -33,6 +33,7 @@ from comfyd.core.moves import (
     is_abandoned,
     is_recalled,
     issue,
+    may_run,
     move,
     noted,
     plan,
@@ -40,6 +41,7 @@ from comfyd.core.moves import (
     with_live,
     with_row,
 )
+from comfyd.core.policy import has_lasted
 from comfyd.core.submitted import (
     absent,
     after,
@@ -66,11 +68,11 @@ def stop(job: Job, fact: CancelAsked, ctx: Context) -> Step:
         case State.SUBMITTED:
             return stop_as(job, why, ctx)
         case State.STOPPING:  # for good now, not only to be made again
-            if final_why(job.row) is not None:
+            if final_why(job.row) is not None and not may_run(job.row):
                 return Step(job, urgent=False)
             return issue(with_row(job, why=why), Ask.STOP)
-        case _:
-            return collect_as(job, why, ctx)
+        case _:  # and what it did to the daemon before is over with it
+            return collect_as(job, why, ctx, crashes=0)
 
 
 def stopped(job: Job, fact: Probed, ctx: Context) -> Step:
@@ -86,15 +88,15 @@ def stopped(job: Job, fact: Probed, ctx: Context) -> Step:
             job = absent(job, fact, ctx)
             since_s = job.live.absent_s
             assert since_s is not None
-            if now_s - since_s >= policy.lost_grace_s:
+            if has_lasted(since_s, policy.lost_grace_s, now_s=now_s):
                 return after(audit, settled(job, ctx))
             until_s = since_s + policy.lost_grace_s
             return Step(plan(job, Ask.STOP, until_s), notes=(audit,), urgent=False)
         case Presence.PENDING | Presence.RUNNING:
             job = certain(job)
             running = fact.presence is Presence.RUNNING
-            late = now_s - job.live.since_s >= policy.stop_grace_s
-            if is_recalled(job.row) and (running or late):
+            late = has_lasted(job.live.since_s, policy.stop_grace_s, now_s=now_s)
+            if (may_run(job.row) and running) or (is_recalled(job.row) and late):
                 return after(audit, let_go_on(job, ctx, running=running))
             if not late:
                 until_s = now_s + policy.stop_retry_s
@@ -111,7 +113,7 @@ def stopped(job: Job, fact: Probed, ctx: Context) -> Step:
 
 
 def let_go_on(job: Job, ctx: Context, *, running: bool) -> Step:
-    """It was to be fetched back, and runs by now: nothing was lost."""
+    """It was to be taken out of the queue, and runs by now: nothing was lost."""
     done = move(job, State.SUBMITTED, ctx, why=None)
     job = begun(done.job, ctx) if running else done.job
     return replace(done, job=plan(job, Ask.PROBE, next_audit_s(job, ctx)))
@@ -127,7 +129,7 @@ def fetched(job: Job, fact: Fetched, ctx: Context) -> Step:
 def hinted(job: Job, fact: Hint, ctx: Context) -> Step:
     """A message about a prompt that is being stopped: look again."""
     job = heard(job, fact, ctx)
-    if is_recalled(job.row):
+    if may_run(job.row):
         return (
             let_go_on(job, ctx, running=True) if fact.sign is Sign.ALIVE else issue(job, Ask.STOP)
         )
@@ -143,6 +145,6 @@ def orphaned(job: Job, fact: Orphaned, ctx: Context) -> Step:
 
 def late_success(job: Job, fact: LateSuccess, ctx: Context) -> Step:
     """An attempt that was given up succeeded: taken, unless the job is wanted gone."""
-    if final_why(job.row) is not None:
+    if final_why(job.row) is not None and not may_run(job.row):
         return Step(job, notes=(dropped(job, "no_effect"),), urgent=False)
     return submitted.late_success(job, fact, ctx)

@@ -48,6 +48,7 @@ from comfyd.core.moves import (
     final_why,
     is_abandoned,
     issue,
+    may_run,
     noted,
     plan,
     requeue,
@@ -57,7 +58,7 @@ from comfyd.core.moves import (
     with_row,
 )
 from comfyd.core.notes import Note
-from comfyd.core.policy import exponential_s, linear_s
+from comfyd.core.policy import exponential_s, has_lasted, linear_s
 
 
 def begun(job: Job, ctx: Context) -> Job:
@@ -65,6 +66,11 @@ def begun(job: Job, ctx: Context) -> Job:
     if job.row.started_at is not None:
         return job
     return with_row(job, started_at=ctx.now_s, queue_by=None)
+
+
+def ran(job: Job) -> Job:
+    """It ran, whether that was heard or not: its wait is over, and why it was to end with that."""
+    return with_row(job, why=None if may_run(job.row) else job.row.why, queue_by=None)
 
 
 def heard(job: Job, fact: Hint, ctx: Context) -> Job:
@@ -129,7 +135,7 @@ def probed(job: Job, fact: Probed, ctx: Context) -> Step:
             job = absent(job, fact, ctx)
             since_s = job.live.absent_s
             assert since_s is not None
-            if now_s - since_s >= policy.lost_grace_s:
+            if has_lasted(since_s, policy.lost_grace_s, now_s=now_s):
                 return after(audit, lose(job, ctx))
             return Step(
                 plan(job, Ask.PROBE, since_s + policy.lost_grace_s), notes=(audit,), urgent=False
@@ -191,15 +197,15 @@ def recorded(job: Job, record: Record, ctx: Context) -> Step:
     if completion.is_foreign(job.row.job, job.row.attempt, record):
         return unreadable(job, "the record carries another job's mark", ctx)
     source, missed = _source(job)
+    job = ran(job)
     row, why = job.row, job.row.why
     ended = noted(job, "ended", source=source.value, missed=missed, end=record.end.value)
-    if final_why(row) is not None:
-        assert why is not None
-        outcome = completion.judge_stopped(row, record, why)
-    elif why is not None and why.reason is not None and record.end is End.INTERRUPTED:
+    if why is None or (why.state is State.QUEUED and record.end is not End.INTERRUPTED):
+        outcome = completion.judge(row, record)
+    elif why.state is State.QUEUED:
         return after(ended, settled(job, ctx))  # by us: it is to be made again
     else:
-        outcome = completion.judge(row, record)
+        outcome = completion.judge_stopped(row, record, why)
     notes = (ended, *blamed(job, outcome, record, ctx))
     if final_why(row) is None and ctx.elsewhere and verdicts.asks_elsewhere(row, outcome):
         return try_elsewhere(job, outcome, ctx, *notes)
@@ -260,7 +266,7 @@ def _source(job: Job) -> tuple[Source, str | None]:
 def unreadable(job: Job, reason: str, ctx: Context) -> Step:
     """A record that cannot be read: the server's fault if it stays so, and then for good."""
     since_s = job.live.unreadable_s
-    if since_s is not None and ctx.now_s - since_s >= ctx.policy.stale_after_s:
+    if has_lasted(since_s, ctx.policy.stale_after_s, now_s=ctx.now_s):
         message = (
             f"Server {job.row.server} has a record of this prompt that cannot be read: {reason}."
         )
@@ -411,7 +417,7 @@ def late_success(job: Job, fact: LateSuccess, ctx: Context) -> Step:
     if attempt is None or completion.is_foreign(row.job, attempt, fact.record):
         return Step(job, notes=(dropped(job, "no_effect"),), urgent=False)
     outcome = completion.judge(row, fact.record)
-    job = with_row(job, server=fence.server, origin=fence.origin, prompt_id=fence.prompt_id)
+    job = with_row(ran(job), server=fence.server, origin=fence.origin, prompt_id=fence.prompt_id)
     source = Source.RECONNECT
     ended = noted(job, "ended", source=source.value, missed="disconnected", end="success")
     kept = collected_of(job.row, outcome, fact.record, source, ctx)

@@ -10,8 +10,8 @@ from tests.core.test_explorer import FAULTS, WORLDS
 
 # What can happen to servers and by persons, besides FAULTS.
 MORE = {
-    "hang": 1, "forget": 1, "reject": 1, "zombie": 1, "stubborn": 1, "hold": 1, "drain": 1,
-    "full": 1, "disk": 1, "conflict": 1,
+    "hang": 1, "off": 1, "forget": 1, "reject": 1, "zombie": 1, "stubborn": 1, "hold": 1,
+    "drain": 1, "full": 1, "disk": 1, "conflict": 1,
 }  # fmt: skip
 LONG = [
     ("a", "S", FAULTS, 2, PLAIN),
@@ -20,6 +20,7 @@ LONG = [
     ("a", "ST", {**FAULTS, **MORE}, 2, PLAIN),
     *(("ab", "ST", {fault: 1}, 1, PLAIN) for fault in FAULTS),
     ("ab", "ST", {}, 0, Scene(window=2, down="T")),
+    ("ab", "S", {"crash": 1}, 1, Scene(window=2)),
     ("a", "S", FAULTS, 3, PLAIN),
 ]
 

@@ -61,6 +61,7 @@ class Sim:
     client: str | None = None
     deaf: bool = False
     hung: bool = False  # it answers nothing and runs nothing, and remembers all of it
+    off: bool = False  # no process is there: its address refuses, its memory is gone
     dead: bool = False  # its worker is: it takes prompts and runs none
 
     def presence(self, pid: str) -> Presence:
@@ -122,15 +123,7 @@ class World:
     # --- the daemon ------------------------------------------------------------------------------
 
     def start(self) -> None:
-        window = self.scene.window
-        servers = [Server(name=ServerName(n), origin=n, window=window) for n in self.sims]
-        self.engine = engines.Engine(servers, POLICY, Counter(r.state for r in self.store.values()))
-        idle = {State.QUEUED, State.HELD}
-        rows = [r for r in self.store.values() if r.state not in idle and not r.retired]
-        fences = tuple(self.fences.values())
-        self.engine.load(
-            rows, crashed=True, now_s=self.now_s, u=0, fences=fences, settings=self.settings
-        )
+        self.engine = self.loaded(crashed=True)
         for name, sim in self.sims.items():
             self.engine.handle(
                 facts.Health(server=ServerName(name), ok=not sim.hung), now_s=self.now_s, u=0
@@ -138,6 +131,19 @@ class World:
             if not sim.hung:
                 self.connect(name)
         self.tell(facts.Tick())
+
+    def loaded(self, *, crashed: bool) -> engines.Engine:
+        """An engine that knows what the journal does."""
+        window = self.scene.window
+        servers = [Server(name=ServerName(n), origin=n, window=window) for n in self.sims]
+        engine = engines.Engine(servers, POLICY, Counter(r.state for r in self.store.values()))
+        idle = {State.QUEUED, State.HELD}
+        rows = [r for r in self.store.values() if r.state not in idle and not r.retired]
+        fences = tuple(self.fences.values())
+        engine.load(
+            rows, crashed=crashed, now_s=self.now_s, u=0, fences=fences, settings=self.settings
+        )
+        return engine
 
     def connect(self, name: str) -> None:
         client = f"{name}{self.faults}"
@@ -155,6 +161,10 @@ class World:
         """What the dispatcher does: handle, commit, then release."""
         assert self.engine is not None
         self.engine.handle(fact, now_s=self.now_s, u=0)
+        self.settle()
+
+    def settle(self) -> None:
+        assert self.engine is not None
         batch = self.engine.take(now_s=self.now_s, u=0)
         for change in batch.changes:
             old = self.store.get(change.row.job)
@@ -165,10 +175,15 @@ class World:
             del self.fences[prompt_id]
         self.settings |= dict(batch.settings)
         given = [order for order in batch.orders if not isinstance(order, orders.Read)]
+        fenced = {fence.server for fence in self.fences.values()}
+        sent = {order.row.server for order in given if isinstance(order, orders.Submit)}
+        assert not sent & fenced, "POST to a server with an attempt that may still run"
         self.work += tuple(("do", order, None) for order in given)
         for order in batch.orders:
             if isinstance(order, orders.Read):
-                self.tell(self.read(order))
+                self.engine.handle(self.read(order), now_s=self.now_s, u=0)
+        if len(given) < len(batch.orders):
+            self.settle()
 
     def read(self, order: orders.Read) -> facts.Fact:
         queued = [r for r in self.store.values() if r.state is State.QUEUED]
@@ -234,8 +249,13 @@ class World:
         self.tell(facts.Disconnected(server=ServerName(name), cause="ping_timeout"))
         self.tell(facts.Health(server=ServerName(name), ok=False))
 
+    def switch_off(self, name: str) -> None:
+        self.hang(name)
+        self.sims[name] = Sim(hung=True, off=True)
+        self.ghosts = tuple(ghost for ghost in self.ghosts if ghost[0].server != name)
+
     def wake(self, name: str) -> None:
-        self.put(name, hung=False)
+        self.put(name, hung=False, off=False)
         until_s = self.now_s + GHOST_S
         self.ghosts = tuple((r, until_s if r.server == name else s) for r, s in self.ghosts)
         if self.engine is not None:
@@ -256,8 +276,6 @@ class World:
         for older in (prompt_id_of(row.job, n) for n in range(1, row.attempt)):
             gone = all(s.presence(older) is Presence.ABSENT for s in self.sims.values())
             assert gone or any(older in up for up in now.abandoned), "an older attempt is alive"
-        fenced = [fence for fence in self.fences.values() if fence.server == row.server]
-        assert not fenced, "POST to a server with an attempt that may still run"
         self.enqueue(row)
 
     def seen(self, row: Row | Fence, *, stop: bool = False, interrupt: bool = True) -> Presence:
@@ -285,15 +303,16 @@ class World:
         for name in sorted(self.shown()):
             yield f"take {name}", lambda w: setattr(w, "there", w.there - {name}), None
         if self.engine is None:
-            yield "start", World.start, None
+            yield "start", lambda w: w.start(), None
         else:
-            yield "crash", World.crash, "crash"
+            yield "crash", lambda w: w.crash(), "crash"
             local = [item for item in self.work if isinstance(item[1], LOCAL)][:1]
             for item in local or self.work:
                 rest = tuple(other for other in self.work if other is not item)
                 about = item[1].fence if isinstance(item[1], orders.Fence) else item[1].row
-                hung = about.server is not None and self.sims[about.server].hung
-                for label, act, cost in (into_the_void if hung else carry_out)(*item):
+                sim = Sim() if about.server is None else self.sims[about.server]
+                goes = refused if sim.off else into_the_void if sim.hung else carry_out
+                for label, act, cost in goes(*item):
                     label = f"{label} {about.job}"
                     yield label, lambda w: (setattr(w, "work", rest), act(w)), cost
             if local:
@@ -338,6 +357,7 @@ class World:
                     yield f"forget {name}", lambda w: w.tell(forget), "forget"
                 else:
                     yield f"{name} hangs", lambda w: w.hang(name), "hang"
+                    yield f"{name} goes off", lambda w: w.switch_off(name), "off"
                     drain = facts.DrainAsked(server=ServerName(name))
                     yield f"drain {name}", lambda w: w.tell(drain), "drain"
                 if self.engine.servers[ServerName(name)].draining:
@@ -460,6 +480,25 @@ def into_the_void(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, s
             yield "no answer", lambda w: w.answer(failed), None
         case _:
             yield from carry_out(at, order, queue)
+
+
+def refused(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str | None]]:
+    """What comes of an order for a server whose address refuses connections."""
+    match order:
+        case orders.Submit() if at == "do":
+            not_sent = facts.NotSent(token=order.token, reason="refused")
+            yield "refused", lambda w: w.answer(not_sent), None
+        case orders.Submit():
+            unknown = facts.SubmitUnknown(token=order.token, reason="closed")
+            yield "unheard", lambda w: w.answer(unknown), None
+        case orders.Probe() | orders.Stop():
+            probed = facts.Probed(token=order.token, presence=Presence.REFUSED)
+            yield "refused", lambda w: w.answer(probed), None
+        case orders.Fence():
+            fenced = facts.Fenced(prompt_id=order.fence.prompt_id, presence=Presence.REFUSED)
+            yield "refused", lambda w: w.answer(fenced), None
+        case _:
+            yield from into_the_void(at, order, queue)
 
 
 def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str | None]]:

@@ -26,22 +26,37 @@ class Rig:
     def __init__(self, *windows: int | None, connected: bool = True) -> None:
         names = [A, B][: len(windows) or 1]
         windows = windows or (2,)
-        servers = [
-            Server(name=name, origin=f"http://{name}", window=window)
-            for name, window in zip(names, windows, strict=True)
-        ]
-        self.engine = Engine(servers, POLICY, Counter())
+        self.windows = dict(zip(names, windows, strict=True))
         self.now_s = 1000.0
         self.store: dict[JobId, Row] = {}
         self.batch = Batch()
         self.given: list[orders.JobOrder] = []
         self.fenced: list[orders.Fence] = []
         self.fences: dict[str, model.Fence] = {}
-        self.engine.load([], crashed=False, now_s=self.now_s, u=0.0)
-        for server in servers:
-            self.tell(facts.Health(server=server.name, ok=True))
+        self.settings: dict[str, object] = {}
+        self.start()
+        for name in names:
+            self.tell(facts.Health(server=name, ok=True))
             if connected:
-                self.tell(facts.Connected(server=server.name, client_id=f"c-{server.name}"))
+                self.tell(facts.Connected(server=name, client_id=f"c-{name}"))
+
+    def start(self) -> None:
+        """A new daemon, which knows what the journal does; no server has been looked at."""
+        servers = [
+            Server(name=name, origin=f"http://{name}", window=window)
+            for name, window in self.windows.items()
+        ]
+        rows = self.store.values()
+        self.engine = Engine(servers, POLICY, Counter(row.state for row in rows))
+        idle = {State.QUEUED, State.HELD}
+        self.engine.load(
+            [row for row in rows if row.state not in idle and not row.retired],
+            crashed=False,
+            now_s=self.now_s,
+            u=0.0,
+            fences=tuple(self.fences.values()),
+            settings=self.settings,
+        )
 
     def tell(self, *told: facts.Fact, after_s: float = 0.0) -> list[orders.JobOrder]:
         self.now_s += after_s
@@ -57,6 +72,7 @@ class Rig:
             self.fences |= {fence.prompt_id: fence for fence in self.batch.raised}
             for prompt_id in self.batch.lifted:
                 del self.fences[prompt_id]
+            self.settings |= dict(self.batch.settings)
             reads = [o for o in self.batch.orders if isinstance(o, orders.Read)]
             given += [o for o in self.batch.orders if isinstance(o, orders.JobOrder)]
             self.fenced += [o for o in self.batch.orders if isinstance(o, orders.Fence)]

@@ -25,6 +25,8 @@ FAULTS = {
 WORLDS = {
     "a server hangs, and may be given up": ("S", {"hang": 1, "forget": 1, "crash": 1}, 2, PLAIN),
     "one of two hangs": ("ST", {"hang": 1, "cancel": 1}, 2, PLAIN),
+    "a server is switched off": ("S", {"off": 2, "cancel": 1, "crash": 1}, 2, PLAIN),
+    "one of two is switched off": ("ST", {"off": 1, "crash": 1}, 1, PLAIN),
     "servers say no": ("ST", {"reject": 2, "error": 2, "crash": 1}, 2, PLAIN),
     "one says no, the other is down": ("ST", {"reject": 1, "error": 1}, 1, Scene(down="T")),
     "a worker dies": ("ST", {"zombie": 1, "crash": 1}, 2, PLAIN),
@@ -40,10 +42,11 @@ WORLDS = {
     ("jobs", "servers", "faults", "most", "scene"),
     [
         ("a", "ST", FAULTS, 1, PLAIN),  # whatever goes wrong; two things: make explore
-        ("ab", "ST", {"crash": 1}, 1, PLAIN),  # a crash anywhere, with two jobs on two servers
+        ("ab", "S", {"crash": 1}, 1, PLAIN),  # the second waits for the first, a crash anywhere
+        ("ab", "ST", {}, 0, PLAIN),  # each on its own server; with what goes wrong: make explore
         *(("a", *world) for world in WORLDS.values()),
     ],
-    ids=["anything", "two jobs", *WORLDS],
+    ids=["anything", "two jobs", "two servers", *WORLDS],
 )
 def test_nothing_is_lost_doubled_or_stuck(jobs, servers, faults, most, scene):
     states = explore(jobs, servers, faults, most, scene)

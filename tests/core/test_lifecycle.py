@@ -628,6 +628,16 @@ def test_a_job_at_hand_in_three_crashes_is_held_and_can_be_released():
     assert (life.job.row.state, life.job.row.crashes) == (State.QUEUED, 0)
 
 
+def test_a_cancelled_job_that_was_held_for_crashes_stays_cancelled_after_a_restart():
+    life = Life()
+    life.job = lifecycle.load(collecting(crashes=2).job.row, at(9), crashed=True).job
+    assert life.job.row.state is State.HELD
+    life.tell(facts.CancelAsked(job=J))
+    loaded = lifecycle.load(life.job.row, at(10), crashed=False)
+    assert loaded.job.row.outcome is not None
+    assert loaded.job.row.outcome.state is State.CANCELLED
+
+
 def test_the_order_at_load_of_each_state():
     submitting, submitted = Life().assign().job.row, Life().accept().job.row
     stopping = Life().accept(node_errors={"9": {}}).job.row
