@@ -307,6 +307,11 @@ class Engine:
         rows = (job.row for job in self.jobs.values())
         return Counter(row.server for row in rows if row.state.in_flight and row.server)
 
+    def next_up(self, count: int) -> list[Row]:
+        """The first *count* jobs of the queue, as far as they are in memory, best first."""
+        entries = {entry for entry in self._queue if self._is_queued(entry)}
+        return [self.jobs[job_id].row for _, _, job_id in heapq.nsmallest(count, entries)]
+
     def stale(self, server: ServerName, *, now_s: float) -> int:
         """Prompts on *server* that have been silent for longer than ``stale_after``."""
         return sum(

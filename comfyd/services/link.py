@@ -24,6 +24,7 @@ from comfyd.services.clock import Clock
 from comfyd.services.health import HealthProbe
 from comfyd.services.inbox import Inbox
 from comfyd.services.prober import Prober
+from comfyd.services.progress import ProgressBoard
 
 # Submissions at once to one server: its event loop validates them one after the other anyway.
 SUBMITS: Final = 4
@@ -69,6 +70,7 @@ class Link:
             on_health=lambda ok: metrics.health(self.name, ok=ok),
             silent_s=self._silent_s,
         )
+        self.progress = ProgressBoard(inbox.is_ours)
         self.prober = Prober(self.name, self.client, inbox.put)
         self._inbox, self._metrics, self._clock = inbox, metrics, clock
         self._heard_at = -math.inf
@@ -126,6 +128,9 @@ class Link:
         if not self._inbox.hint(Hint(server=self.name, prompt_id=prompt_id, sign=sign)):
             note = Note("dropped", None, self.name, {"reason": "foreign_hint"}, story=False)
             self._metrics.observe([note])
+
+    def on_progress(self, prompt_id: PromptId, kind: str, data: bytes) -> None:
+        self.progress.heard(prompt_id, kind, data)
 
     def on_remaining(self, remaining: int) -> None:
         self._inbox.put(QueueSeen(server=self.name, remaining=remaining))

@@ -9,6 +9,7 @@ import structlog
 
 from comfyd.core.notes import Note
 from comfyd.metrics import Metrics
+from comfyd.services.overview import Overview
 
 _log: Any = structlog.get_logger("comfyd.jobs")
 
@@ -16,12 +17,14 @@ _log: Any = structlog.get_logger("comfyd.jobs")
 class Teller:
     """One line a note that an operator would want to read; the rest is in ``comfyd show``."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, overview: Overview) -> None:
         self._metrics = metrics
+        self._overview = overview
 
     def tell(self, notes: Iterable[Note]) -> None:
         notes = tuple(notes)
         self._metrics.observe(notes)
+        self._overview.tell(notes)
         for note in notes:
             self._log(note)
 
