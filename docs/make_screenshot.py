@@ -55,9 +55,11 @@ async def busy(daemon: Daemon) -> None:
         submit(name, picture(name, JOB_S))
     submit("night-train", failing(random.randrange(1 << 24)))
     await daemon.finish(6, within_s=60)
-    for i, name in enumerate(["cover-a", "cover-b", "studio-light", "red-fox-large", *names] * 2):
-        submit(name, picture(name, 3 * JOB_S), priority=5 if i == 8 else 0)
-    await trio.sleep(2.2 * JOB_S)
+    for i, name in enumerate(
+        ["cover-a", "cover-b", "studio-light", "red-fox-large", *names, "cover-c", "fjord"]
+    ):
+        submit(name, picture(name, JOB_S * 1.3), priority=5 if i == 8 else 0)
+    await trio.sleep(0.9 * JOB_S)
 
 
 async def main(folder: Path | None) -> None:
@@ -71,7 +73,7 @@ async def main(folder: Path | None) -> None:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 servers["attic"] = f"http://127.0.0.1:{free.getsockname()[1]}"
-            daemon = Daemon(home, servers)
+            daemon = Daemon(home, servers, {"audit": {"stale_after": "1m"}})
             async with daemon.running():
                 await busy(daemon)
                 await trio.to_thread.run_sync(take, daemon.http_url, folder)

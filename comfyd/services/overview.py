@@ -192,13 +192,14 @@ class Overview:
         """When what is here may have run: the queue, and each prompt on a server."""
         lanes, there = [], []
         for view in servers:
-            if view.run_s is None or view.state not in {ServerState.UP, ServerState.DEAF}:
+            run_s = self._pace.expected_s(view.name)
+            if run_s is None or view.state not in {ServerState.UP, ServerState.DEAF}:
                 continue
             here = self._engine.on_server[ServerName(view.name)]
             rows = sorted((self._engine.jobs[job].row for job in here), key=submission_order)
             ran_s = tuple(0.0 if row.started_at is None else at - row.started_at for row in rows)
             others = max(0, (view.queue_remaining or 0) - len(rows))
-            lanes.append(Lane(view.run_s, ran_s, others))
+            lanes.append(Lane(run_s, ran_s, others))
             there.append([row.job for row in rows])
         waiting = max(first, self._engine.counts[State.QUEUED])
         then = forecast(lanes, waiting=waiting, first=first)

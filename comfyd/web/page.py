@@ -93,6 +93,11 @@ def span(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
+def whole(seconds: float | None) -> str:
+    """As `span`, without a fraction."""
+    return f"{seconds:.0f} s" if seconds is not None and seconds < 90 else span(seconds)
+
+
 def about(seconds: float | None) -> str:
     """A guess at *seconds*, no more exact than it is; nothing for None."""
     if seconds is None:
@@ -135,11 +140,17 @@ def _small(words: str, kind: str = "") -> str:
 def _ago(at: str | None, now: float, then: float | None) -> str:
     if at is None or then is None:
         return ""
-    return f'<time datetime="{text(at)}" title="{text(at)}">{span(max(0.0, now - then))} ago</time>'
+    return (
+        f'<time datetime="{text(at)}" title="{text(at)}">{whole(max(0.0, now - then))} ago</time>'
+    )
 
 
 class Column(NamedTuple):
-    """*head*; *kind*: n for what stays on one line, grow for what takes the room that is left."""
+    """Attributes:
+
+    kind: n for what stays on one line, job for what names the row (on a phone, the head of its
+      card), grow for what takes the room that is left.
+    """
 
     head: str
     kind: str = ""
@@ -151,7 +162,7 @@ def _table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
     body = "".join(
         '<tr role="row">'
         + "".join(
-            f'<td role="cell"{_attributes(column, first=not i)}>{cell}</td>'
+            _cell(column, cell, first=not i)
             for i, (column, cell) in enumerate(zip(columns, row, strict=True))
         )
         + "</tr>"
@@ -163,10 +174,10 @@ def _table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _attributes(column: Column, *, first: bool) -> str:
+def _cell(column: Column, cell: str, *, first: bool) -> str:
     kind = f' class="{column.kind}"' if column.kind else ""
     label = "" if first else f' data-is="{text(column.head)}"'
-    return kind + label
+    return f'<td role="cell"{kind}{label}>{cell and f"<div>{cell}</div>"}</td>'
 
 
 def _section(
@@ -245,7 +256,7 @@ def _servers(status: dict[str, Any]) -> str:
             + _small(_name(server["reason"]) if server["reason"] else "")
             + _small("" if server["connected"] else f"events: {_name(server['tracker'])}"),
             "".join(
-                f"<div>{_job(job['job'])}{_small(_at_node(job['progress']))}</div>"
+                f"<div>{_job(job['job'])}{_small(_node(job['progress']))}</div>"
                 for job in runs.get(server["name"], [])
             )
             or '<span class="soft">nothing</span>',
@@ -263,9 +274,9 @@ def _servers(status: dict[str, Any]) -> str:
         for server in status["servers"]
     ]
     columns = (
-        Column("Server"), Column("State"), Column("Runs"), Column("Ours", "n"),
-        Column("Its queue", "n"), Column("A job takes", "n"), Column("Missed", "n"),
-        Column("Memory free"),
+        Column("Server", "job"), Column("State", "state-of"), Column("Runs", "grow"),
+        Column("Ours", "n"), Column("Its queue", "n"), Column("A job takes", "n"),
+        Column("Missed", "n"), Column("Memory free", "n"),
     )  # fmt: skip
     up = sum(server["state"] == "up" for server in status["servers"])
     return _section(
@@ -278,16 +289,20 @@ def _servers(status: dict[str, Any]) -> str:
     )
 
 
-def _at_node(progress: dict[str, Any] | None) -> str:
-    """Where in its graph a prompt is."""
+def _node(progress: dict[str, Any] | None) -> str:
+    """The node at work."""
     if progress is None or not progress["name"]:
         return ""
-    words = [_name(progress["name"])]
-    if progress["steps"]:
-        words[0] += f" {progress['step']:.0f} of {progress['steps']:.0f}"
-    if progress["nodes"]:
-        words.append(f"{progress['nodes_done']} of {progress['nodes']} nodes done")
-    return ", ".join(words)
+    counted = f" {progress['step']:.0f} of {progress['steps']:.0f}" if progress["steps"] else ""
+    return _name(progress["name"]) + counted
+
+
+def _at_node(progress: dict[str, Any]) -> str:
+    """Where in its graph a prompt is."""
+    done = (
+        f"{progress['nodes_done']} of {progress['nodes']} nodes done" if progress["nodes"] else ""
+    )
+    return ", ".join(filter(None, [_node(progress), done]))
 
 
 def _bar(progress: dict[str, Any] | None) -> str:
@@ -304,16 +319,17 @@ def _jobs(status: dict[str, Any]) -> str:
     rows = [
         (
             _job(job["job"]) + _small(f"attempt {job['attempt']}" if job["attempt"] > 1 else ""),
-            _state(job["state"]) + _small(span(job["for_s"])),
+            _state(job["state"]) + _small(f"for {whole(job['for_s'])}"),
             _name(job["server"]),
             (_bar(job["progress"]) if job["state"] == "running" else "")
-            + _small(f"silent for {span(job['silent_s'])}" if job["stale"] else "", "bad"),
+            + _small(f"silent for {whole(job['silent_s'])}" if job["stale"] else "", "bad"),
             about(job["ready_s"]),
         )
         for job in status["at_hand"]
     ]
     columns = (
-        Column("Job"), Column("State", "n"), Column("Server"), Column("Progress", "grow"),
+        Column("Job", "job"), Column("State", "n"), Column("Server", "n"),
+        Column("Progress", "grow"),
         Column("Ready in", "n"),
     )  # fmt: skip
     return _section(
@@ -332,14 +348,14 @@ def _queue(status: dict[str, Any]) -> str:
         (
             f"{job['position']:,}",
             _job(job["job"]) + _small(f"priority {job['priority']}" if job["priority"] else ""),
-            span(job["for_s"]),
+            whole(job["for_s"]),
             about(job["ready_s"]),
         )
         for job in status["queue"]
     ]
     more = max(0, status["jobs"]["queued"] - len(rows))
     columns = (
-        Column("#", "n"), Column("Job", "grow"), Column("Waits", "n"), Column("Ready in", "n"),
+        Column("#", "n"), Column("Job", "job"), Column("Waits", "n"), Column("Ready in", "n"),
     )  # fmt: skip
     none = "The queue is empty: drop a workflow into new/."
     if more:  # each waits for its next try
@@ -361,7 +377,7 @@ def _held(held: Sequence[Row], counts: dict[str, int]) -> str:
     return _section(
         "held",
         "Held",
-        (Column("Job"), Column("Why", "grow")),
+        (Column("Job", "job"), Column("Why", "grow")),
         rows,
         aside="comfyd release JOB, or comfyd cancel JOB",
         more=f'and <a href="/api/v1/jobs?state=held">{more:,} more</a>' if more else "",
@@ -385,7 +401,8 @@ def _failed(failed: Sequence[Row], now: float) -> str:
             )
         )
     columns = (
-        Column("Job"), Column("Reason", "n"), Column("What happened", "grow"), Column("Server"),
+        Column("Job", "job"), Column("Reason", "n"), Column("What happened", "grow"),
+        Column("Server", "n"),
         Column("When", "n"),
     )  # fmt: skip
     return _section(
@@ -413,7 +430,7 @@ def _done(done: Sequence[Row], now: float) -> str:
             )
         )
     columns = (
-        Column("Job", "grow"), Column("Server"), Column("Ran", "n"), Column("When", "n"),
+        Column("Job", "job"), Column("Server", "n"), Column("Ran", "n"), Column("When", "n"),
     )  # fmt: skip
     return _section("done", "Results", columns, rows, none="No result yet.", aside="the latest")
 
@@ -430,7 +447,7 @@ def _missed(status: dict[str, Any], now: float, ats: Sequence[float]) -> str:
         for each, at in zip(status["missed"], ats, strict=True)
     ]
     columns = (
-        Column("Job"), Column("Server"), Column("Why", "grow"), Column("Found", "n"),
+        Column("Job", "job"), Column("Server", "n"), Column("Why", "grow"), Column("Found", "n"),
         Column("When", "n"),
     )  # fmt: skip
     total = sum(server["missed"] for server in status["servers"])
@@ -457,8 +474,8 @@ def render(
     status, found = now.to_dict(), needs(now, failed)
     title = f"({len(found)}) comfyd" if found else "comfyd"
     about_it = [
-        f"{text(status['at'][:10])} {text(status['at'][11:19])} UTC",
-        f"up {span(status['uptime_s'])}" if status["uptime_s"] is not None else "",
+        f'<time datetime="{text(status["at"])}">{text(status["at"][11:19])} UTC</time>',
+        f"up {whole(status['uptime_s'])}" if status["uptime_s"] is not None else "",
         f"{size(status['free_bytes'])} free" if status["free_bytes"] is not None else "",
     ]
     return (
@@ -468,8 +485,8 @@ def render(
         f'<link rel="icon" href="{_ICON}">'
         f"<title>{title}</title><style>{STYLE}</style></head><body>"
         f"<header><h1>comfyd <small>{text(status['version'])}</small></h1>"
-        f'<p class="soft"><span id="daemon" data-part>{" · ".join(filter(None, about_it))}</span>'
-        f' · <span id="live">reloads every {REFRESH_S} s</span></p></header><main>'
+        f'<p class="soft"><span id="live">reloads every {REFRESH_S} s</span> · '
+        f'<span id="daemon" data-part>{" · ".join(filter(None, about_it))}</span></p></header><main>'
         + _verdict(found, status)
         + _counts(status["jobs"])
         + _servers(status)
@@ -478,8 +495,8 @@ def render(
         + _failed(failed, now.at)
         + f'<div class="pair">{_queue(status)}{_done(done, now.at)}</div>'
         + _missed(status, now.at, [each.at for each in now.missed])
-        + '</main><footer><a href="/metrics">metrics</a> <a href="/api/v1/status">status as JSON</a>'
-        f' <a href="/api/v1/jobs">jobs as JSON</a></footer><script>{SCRIPT}</script></body></html>\n'
+        + '</main><footer><a href="/metrics">metrics</a> <a href="/api/v1/status">status</a>'
+        f' <a href="/api/v1/jobs">jobs</a></footer><script>{SCRIPT}</script></body></html>\n'
     )
 
 
