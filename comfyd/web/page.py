@@ -401,7 +401,7 @@ def _failed(failed: Sequence[Row], now: float) -> str:
             )
         )
     columns = (
-        Column("Job", "job"), Column("Reason", "n"), Column("What happened", "grow"),
+        Column("Job", "job"), Column("Reason", "n"), Column("What happened", "grow told"),
         Column("Server", "n"),
         Column("When", "n"),
     )  # fmt: skip
@@ -486,7 +486,8 @@ def render(
         f"<title>{title}</title><style>{STYLE}</style></head><body>"
         f"<header><h1>comfyd <small>{text(status['version'])}</small></h1>"
         f'<p class="soft"><span id="live">reloads every {REFRESH_S} s</span> · '
-        f'<span id="daemon" data-part>{" · ".join(filter(None, about_it))}</span></p></header><main>'
+        f'<span id="daemon" data-part>{" · ".join(filter(None, about_it))}</span></p></header>'
+        "<main>"
         + _verdict(found, status)
         + _counts(status["jobs"])
         + _servers(status)
