@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 COMFYUI_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check contract explore prove
+.PHONY: help demo test check contract explore prove screenshot
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ prove: $(STAMP)  ## Kill daemon and servers, lose journals, fill disks, run 10,0
 		tests/endtoend/prove_many_servers.py tests/endtoend/prove_journal_loss.py \
 		tests/endtoend/prove_full_disk.py tests/endtoend/prove_everything.py \
 		tests/endtoend/prove_latency.py tests/endtoend/prove_scale.py
+
+screenshot: $(STAMP)  ## Take docs/status-page.png anew, of a daemon at work (needs chromium)
+	$(BIN)/python -m docs.make_screenshot
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "comfyd needs Python 3.11 or newer; set PYTHON=...")'

@@ -26,7 +26,7 @@ from tests.web.browser import chromium
 
 TARGET: Final = Path(__file__).with_name("status-page.png")
 NODE_S: Final = 0.3
-JOB_S: Final = 3.0
+JOB_S: Final = 6.0
 VIEWS: Final[dict[str, dict[str, Any]]] = {
     "desktop-light": {"viewport": {"width": 1180, "height": 900}, "color_scheme": "light"},
     "desktop-dark": {"viewport": {"width": 1180, "height": 900}, "color_scheme": "dark"},
@@ -55,9 +55,22 @@ async def busy(daemon: Daemon) -> None:
         submit(name, picture(name, JOB_S))
     submit("night-train", failing(random.randrange(1 << 24)))
     await daemon.finish(6, within_s=60)
-    for name in ["cover-a", "cover-b", "studio-light", "red-fox-large", *names, "fjord"]:
-        submit(name, picture(name, JOB_S * 1.3), priority=5 if name == "fjord" else 0)
-    await trio.sleep(0.9 * JOB_S)
+    more = ["cover-a", "cover-b", "studio-light", "red-fox-large", "meadow", "tiles", "fjord"]
+    for name in [*more, *names]:
+        submit(name, picture(name, JOB_S), priority=5 if name == "fjord" else 0)
+    while not any(0.5 < done(job) < 0.7 for job in await at_hand(daemon)):
+        await trio.sleep(0.1)
+
+
+async def at_hand(daemon: Daemon) -> list[dict[str, Any]]:
+    status = json.loads(await daemon.get("/api/v1/status"))
+    return list(status["at_hand"])
+
+
+def done(job: dict[str, Any]) -> float:
+    """The share of its steps that the node at work has done."""
+    progress = job["progress"]
+    return float(progress["step"] / progress["steps"]) if progress and progress["steps"] else 0.0
 
 
 async def main(folder: Path | None) -> None:

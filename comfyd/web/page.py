@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from comfyd.core.attention import Need, needs
 from comfyd.core.model import Row, State
-from comfyd.core.present import job_summary
+from comfyd.core.present import SHOWN_STATES, job_summary
 from comfyd.core.snapshot import Snapshot
 from comfyd.web.api import Reads
 
@@ -472,6 +472,7 @@ def render(
     """
     held, failed, done = list(held), list(failed), list(done)
     status, found = now.to_dict(), needs(now, failed)
+    status["jobs"] = dict.fromkeys(SHOWN_STATES, 0) | status["jobs"]
     title = f"({len(found)}) comfyd" if found else "comfyd"
     about_it = [
         f'<time datetime="{text(status["at"])}">{text(status["at"][11:19])} UTC</time>',
