@@ -58,7 +58,7 @@ async def busy(daemon: Daemon) -> None:
     more = ["cover-a", "cover-b", "studio-light", "red-fox-large", "meadow", "tiles", "fjord"]
     for name in [*more, *names]:
         submit(name, picture(name, JOB_S), priority=5 if name == "fjord" else 0)
-    while not any(0.5 < done(job) < 0.7 for job in await at_hand(daemon)):
+    while not any(0.5 < done(job) < 0.7 for job in await at_hand(daemon)):  # noqa: ASYNC110
         await trio.sleep(0.1)
 
 

@@ -274,9 +274,9 @@ def _servers(status: dict[str, Any]) -> str:
         for server in status["servers"]
     ]
     columns = (
-        Column("Server", "job"), Column("State", "state-of"), Column("Runs", "grow"),
+        Column("Server", "job"), Column("State", "wide"), Column("Runs", "grow"),
         Column("Ours", "n"), Column("Its queue", "n"), Column("A job takes", "n"),
-        Column("Missed", "n"), Column("Memory free", "n"),
+        Column("Missed", "n"), Column("Memory free", "wide"),
     )  # fmt: skip
     up = sum(server["state"] == "up" for server in status["servers"])
     return _section(
@@ -328,7 +328,7 @@ def _jobs(status: dict[str, Any]) -> str:
         for job in status["at_hand"]
     ]
     columns = (
-        Column("Job", "job"), Column("State", "n"), Column("Server", "n"),
+        Column("Job", "job"), Column("State", "n"), Column("Server", "server"),
         Column("Progress", "grow"),
         Column("Ready in", "n"),
     )  # fmt: skip
@@ -402,7 +402,7 @@ def _failed(failed: Sequence[Row], now: float) -> str:
         )
     columns = (
         Column("Job", "job"), Column("Reason", "n"), Column("What happened", "grow told"),
-        Column("Server", "n"),
+        Column("Server", "server"),
         Column("When", "n"),
     )  # fmt: skip
     return _section(
@@ -430,7 +430,7 @@ def _done(done: Sequence[Row], now: float) -> str:
             )
         )
     columns = (
-        Column("Job", "job"), Column("Server", "n"), Column("Ran", "n"), Column("When", "n"),
+        Column("Job", "job"), Column("Server", "server"), Column("Ran", "n"), Column("When", "n"),
     )  # fmt: skip
     return _section("done", "Results", columns, rows, none="No result yet.", aside="the latest")
 
@@ -447,8 +447,8 @@ def _missed(status: dict[str, Any], now: float, ats: Sequence[float]) -> str:
         for each, at in zip(status["missed"], ats, strict=True)
     ]
     columns = (
-        Column("Job", "job"), Column("Server", "n"), Column("Why", "grow"), Column("Found", "n"),
-        Column("When", "n"),
+        Column("Job", "job"), Column("Server", "server"), Column("Why", "grow"),
+        Column("Found", "n"), Column("When", "n"),
     )  # fmt: skip
     total = sum(server["missed"] for server in status["servers"])
     return _section(

@@ -277,7 +277,13 @@ def test_another_version_is_loaded_whole(
     expect(opened.locator("#live")).to_have_text("live")
 
 
-@pytest.mark.parametrize("width", [320, 375, 768, 1280])
+CUT_OFF = """
+() => [...document.querySelectorAll("section")]
+  .filter(each => each.scrollWidth > each.clientWidth).map(each => each.id)
+"""
+
+
+@pytest.mark.parametrize("width", [320, 375, 768, 960, 1280])
 @pytest.mark.parametrize("name", ["portrait", LONG, MARK, EVIL.replace("\x00", "")])
 def test_nothing_is_wider_than_the_screen_nor_alive(
     browser: Browser, served: Site, width: int, name: str
@@ -289,6 +295,7 @@ def test_nothing_is_wider_than_the_screen_nor_alive(
         page.goto(served.url)
         expect(page.locator("#live")).to_have_text("live")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(CUT_OFF) == []
         assert page.evaluate("window.hit") is None
         assert page.locator("img, iframe, main script, main style").count() == 0
         assert name.replace("\u202e", "�").split()[0][:20] in page.inner_text("#jobs")
