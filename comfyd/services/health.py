@@ -74,15 +74,11 @@ class HealthProbe:
                 running, pending = len(queue.running), len(queue.pending)
                 self._tell(QueueLooked(server=self._name, running=running, pending=pending))
         except ServerError as error:
-            if self.reason in {"", NOT_ASKED}:
-                _log.warning("server_down", server=self._name, error=str(error))
             self.reason = str(error)
             self._on_health(False)
             self._tell(Health(server=self._name, ok=False))
             return
         verdict = version_verdict(stats.version)
-        if self.reason and not verdict.refusal:
-            _log.info("server_up", server=self._name, version=stats.version)
         said = verdict.refusal or verdict.warning
         if said and said != self._warned:
             _log.warning("server_version", server=self._name, problem=said)

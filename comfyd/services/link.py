@@ -136,7 +136,6 @@ class Link:
         self._inbox.put(QueueSeen(server=self.name, remaining=remaining))
 
     def on_stalled(self, stalled: bool) -> None:
-        _log.warning("events_stalled" if stalled else "events_resumed", server=self.name)
         self._inbox.put(StalledPublisher(server=self.name, stalled=stalled))
 
     def on_invalid(self, label: str, problem: str) -> None:

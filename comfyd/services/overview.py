@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -149,6 +149,12 @@ class Overview:
             free_bytes=free_bytes,
         )
 
+    def states(self) -> Iterator[tuple[ServerName, ServerState, str]]:
+        """Of every server that was asked how it is: its state, and why it is not up."""
+        for server in self._engine.servers.values():
+            if server.up is not None:
+                yield server.name, *self._state(server)
+
     def status_line(self) -> str:
         """One line for ``systemctl status``."""
         counts, servers = self._engine.counts, self._engine.servers.values()
@@ -162,13 +168,7 @@ class Overview:
     def _server(self, server: EngineServer, at: float) -> ServerView:
         watched = self._watched[server.name]
         stats = watched.stats()
-        in_flight = len(self._engine.on_server[server.name])
-        state, reason = state_of(
-            server,
-            trouble=self._engine.trouble(server.name),
-            down=watched.reason(),
-            in_flight=in_flight,
-        )
+        state, reason = self._state(server)
         return ServerView(
             name=server.name,
             url=watched.url,
@@ -176,7 +176,7 @@ class Overview:
             reason=reason,
             tracker=watched.tracker(),
             connected=server.client_id is not None,
-            in_flight=in_flight,
+            in_flight=len(self._engine.on_server[server.name]),
             window=server.room(self._engine.policy),
             queue_remaining=server.remaining if stats is not None else None,
             stale=self._engine.stale(server.name, now_s=at),
@@ -184,6 +184,14 @@ class Overview:
             missed=self._missed_counts[server.name],
             version="" if stats is None else stats.version,
             devices=() if stats is None else stats.devices,
+        )
+
+    def _state(self, server: EngineServer) -> tuple[ServerState, str]:
+        return state_of(
+            server,
+            trouble=self._engine.trouble(server.name),
+            down=self._watched[server.name].reason(),
+            in_flight=len(self._engine.on_server[server.name]),
         )
 
     def _forecast(
