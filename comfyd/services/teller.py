@@ -35,8 +35,11 @@ class Teller:
         notes = tuple(notes)
         self._metrics.observe(notes)
         self._overview.tell(notes)
+        lost = None  # by the note just before
         for note in notes:
-            self._log(note)
+            if note.kind != "retry" or note.job != lost:  # a loss says that it is made again
+                self._log(note)
+            lost = note.job if note.kind == "lost" else None
         for server, state, reason in self._overview.states():
             before = self._states.get(server)
             if state is not before:
