@@ -38,7 +38,8 @@ prove: $(STAMP)  ## Kill daemon and servers, lose journals, fill disks, run 10,0
 		tests/endtoend/prove_full_disk.py tests/endtoend/prove_everything.py \
 		tests/endtoend/prove_latency.py tests/endtoend/prove_scale.py
 
-screenshot: $(STAMP)  ## Take docs/status-page.png anew, of a daemon at work (needs chromium)
+# docs/status-page.png anew, of a daemon at work; needs chromium.
+screenshot: $(STAMP)
 	$(BIN)/python -m docs.make_screenshot
 
 $(STAMP): pyproject.toml constraints.txt

@@ -28,6 +28,7 @@ from comfyd.core.present import SHOWN_STATES, job_summary
 from comfyd.core.snapshot import Snapshot
 from comfyd.web.api import Reads
 
+JOBS: Final = 50  # at hand: more would be a long page, fetched every two seconds
 RECENT: Final = 10  # of each: failures, results, held jobs
 FAILED: Final = 50  # looked at, to tell how many of them are news
 REFRESH_S: Final = 10
@@ -77,8 +78,9 @@ def text(value: object) -> str:
     said = "" if value is None else str(value)
     if len(said) > NAME_MAX:
         said = said[: NAME_MAX - 1] + "…"
-    plain = "".join("�" if unicodedata.category(c)[0] == "C" else c for c in said)
-    return html.escape(plain)
+    if not said.isprintable():
+        said = "".join("�" if unicodedata.category(c)[0] == "C" else c for c in said)
+    return html.escape(said)
 
 
 def span(seconds: float | None) -> str:
@@ -316,6 +318,8 @@ def _bar(progress: dict[str, Any] | None) -> str:
 
 
 def _jobs(status: dict[str, Any]) -> str:
+    running_first = sorted(status["at_hand"], key=lambda job: job["state"] != "running")
+    more = status["more"] + len(running_first[JOBS:])
     rows = [
         (
             _job(job["job"]) + _small(f"attempt {job['attempt']}" if job["attempt"] > 1 else ""),
@@ -325,7 +329,7 @@ def _jobs(status: dict[str, Any]) -> str:
             + _small(f"silent for {whole(job['silent_s'])}" if job["stale"] else "", "bad"),
             about(job["ready_s"]),
         )
-        for job in status["at_hand"]
+        for job in running_first[:JOBS]
     ]
     columns = (
         Column("Job", "job"), Column("State", "n"), Column("Server", "server"),
@@ -339,7 +343,7 @@ def _jobs(status: dict[str, Any]) -> str:
         rows,
         none="No job is on a server.",
         aside="sent, running or being collected",
-        more=f"and {status['more']:,} more" if status["more"] else "",
+        more=f"and {more:,} more" if more else "",
     )
 
 

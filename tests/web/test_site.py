@@ -397,3 +397,19 @@ def test_a_span_for_people(seconds, shown):
 
 def test_a_long_name_is_cut():
     assert len(page.text("x" * 5000)) == page.NAME_MAX
+
+
+async def test_the_page_stays_small_however_much_is_at_hand(client, fixed):
+    jobs = tuple(
+        JobView(
+            job=f"job-{n}", state="running" if n > 190 else "submitted", server="a",
+            prompt_id="p", attempt=1, since=T,
+        )
+        for n in range(200)
+    )  # fmt: skip
+    fixed.now = Snapshot(at=T, version="1", jobs=jobs, more=7)
+    text = (await client.get("/")).text
+    assert f"and {200 - page.JOBS + 7} more" in text
+    assert ">job-199<" in text  # what runs is shown first
+    assert ">job-190<" not in text
+    assert len(text) < 100_000
