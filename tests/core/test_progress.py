@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -119,3 +120,27 @@ def test_whatever_comes_it_is_bounded_and_a_share(kind, node, value, most, state
     assert 0 <= now.share <= 1
     assert len(now.node) <= 64
     assert now.node.isprintable()
+
+
+RECORDED = Path(__file__).parents[1] / "transcripts"
+
+
+@pytest.mark.parametrize("scenario", ["success", "cached", "progress", "mixed"])
+def test_what_a_server_was_recorded_to_say_leads_from_nothing_to_all(scenario):
+    steps = json.loads((RECORDED / f"{scenario}.json").read_text())["steps"]
+    shares: dict[str, list[float]] = {}
+    known = {}
+    for step in steps:
+        if step.get("method") == "POST":
+            body = step["json"]
+            known[body["prompt_id"]] = beginning(body["prompt"])
+        data = step.get("message", {}).get("data", {})
+        if data.get("prompt_id") in known:
+            prompt_id = data["prompt_id"]
+            now = told(known[prompt_id], step["message"]["type"], json.dumps(data).encode())
+            known[prompt_id] = now
+            shares.setdefault(prompt_id, []).append(now.share or 0.0)
+    assert shares
+    for each in shares.values():
+        assert each == sorted(each)
+        assert (each[0], each[-1]) == (0.0, 1.0)
