@@ -256,7 +256,7 @@ def _servers(status: dict[str, Any]) -> str:
             + _small(text(f"ComfyUI {server['version']}" if server["version"] else "")),
             _state(server["state"])
             + _small(_name(server["reason"]) if server["reason"] else "")
-            + _small("" if server["connected"] else f"events: {_name(server['tracker'])}"),
+            + _small(_deafness(server)),
             "".join(
                 f"<div>{_job(job['job'])}{_small(_node(job['progress']))}</div>"
                 for job in runs.get(server["name"], [])
@@ -264,7 +264,7 @@ def _servers(status: dict[str, Any]) -> str:
             or '<span class="soft">nothing</span>',
             f"{server['in_flight']} of {server['window']}",
             text(server["queue_remaining"]),
-            about(server["run_s"]),
+            span(server["run_s"]),
             text(server["missed"]),
             "".join(
                 f"<div>{size(device['vram_free_bytes'])}"
@@ -289,6 +289,13 @@ def _servers(status: dict[str, Any]) -> str:
         none="No server is configured, so nothing can be sent.",
         aside=f"{up} of {len(rows)} up",
     )
+
+
+def _deafness(server: dict[str, Any]) -> str:
+    """That a server which works is not heard; of one that is down nobody expects it."""
+    if server["connected"] or server["state"] == "down":
+        return ""
+    return f"no events, it is polled: {_name(server['tracker'])}"
 
 
 def _node(progress: dict[str, Any] | None) -> str:
@@ -465,6 +472,11 @@ def _missed(status: dict[str, Any], now: float, ats: Sequence[float]) -> str:
     )
 
 
+def _latest(rows: Iterable[Row]) -> list[Row]:
+    """Those published last first; they came in the order of their arrival."""
+    return sorted(rows, key=lambda row: row.published_at or 0.0, reverse=True)
+
+
 def render(
     now: Snapshot, *, held: Iterable[Row], failed: Iterable[Row], done: Iterable[Row]
 ) -> str:
@@ -474,7 +486,7 @@ def render(
       held, failed, done: The latest of each; of the failures FAILED, of the others RECENT.
 
     """
-    held, failed, done = list(held), list(failed), list(done)
+    held, failed, done = list(held), _latest(failed), _latest(done)
     status, found = now.to_dict(), needs(now, failed)
     status["jobs"] = dict.fromkeys(SHOWN_STATES, 0) | status["jobs"]
     title = f"({len(found)}) comfyd" if found else "comfyd"
