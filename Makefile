@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 COMFYUI_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check boards contract explore prove prove-comfyui
+.PHONY: help demo test check boards contract explore prove prove-comfyui screenshot
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ prove: $(STAMP)  ## Kill daemon and servers, lose journals, fill disks, run 10,0
 prove-comfyui: $(STAMP)  ## Every kind of job, output, cancel and deadline at a real server (COMFYUI_URL=...)
 	@test -n "$(COMFYUI_URL)" || { echo "give it a server: make prove-comfyui COMFYUI_URL=http://127.0.0.1:8188"; exit 1; }
 	COMFYUI_URL="$(COMFYUI_URL)" $(BIN)/python -m pytest -s tests/endtoend/prove_comfyui.py
+
+screenshot: $(STAMP)  ## Take docs/status-page.png anew, of a daemon at work (needs chromium)
+	$(BIN)/python -m docs.make_screenshot
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "comfyd needs Python 3.11 or newer; set PYTHON=...")'

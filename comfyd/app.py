@@ -209,18 +209,6 @@ async def _run(
     async with _closing(links.values()), trio.open_nursery() as nursery:
         if signals:
             await nursery.start(_stop_on_signal, nursery.cancel_scope)
-        workshop = Workshop(nursery, links, spool, config, inbox, metrics, clock, space)
-        dispatcher = Dispatcher(
-            engine,
-            inbox,
-            journal,
-            clock,
-            perform=workshop.perform,
-            observe=Teller(metrics).tell,
-            on_deadline=auditor.set_deadline,
-            on_refused=space.refused,
-            on_absorbed=workshop.absorb,
-        )
         overview = Overview(
             engine,
             journal,
@@ -234,6 +222,20 @@ async def _run(
                 else space.waiting
             ),
             min_free_bytes=lambda: space.min_free_bytes,
+        )
+        await overview.recall()
+        teller = Teller(metrics, overview)
+        workshop = Workshop(nursery, links, spool, config, inbox, metrics, clock, space)
+        dispatcher = Dispatcher(
+            engine,
+            inbox,
+            journal,
+            clock,
+            perform=workshop.perform,
+            observe=teller.tell,
+            on_deadline=auditor.set_deadline,
+            on_refused=space.refused,
+            on_absorbed=workshop.absorb,
         )
         intake = Intake(
             spool,
@@ -368,6 +370,7 @@ def _watched(link: Link) -> Watched:
         tracker=lambda: link.tracker.state,
         stats=lambda: link.health.stats,
         reason=lambda: link.health.reason,
+        progress=link.progress.of,
     )
 
 

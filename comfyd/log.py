@@ -1,8 +1,8 @@
-"""Logging: every event is one line on stderr, in a form for whoever reads it.
+"""Logging: every event is one line on stderr, or one entry of the journal, for whoever reads it.
 
-Events are named in lower_case with fields: ``log.info("job_claimed", job=job)``. What the standard
-library's logging is told (by libraries, mostly) comes out the same way. Whatever a value holds, it
-can neither start a new line nor reach the terminal as a control sequence.
+Events are named in lower_case with fields: ``log.info("job_claimed", job=job)``; docs/logs.md lists
+them. What the standard library's logging is told (by libraries, mostly) comes out the same way.
+Whatever a value holds, it neither starts a new line nor reaches a terminal as a control sequence.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final, TextIO, cast
 
 import structlog
@@ -23,9 +25,12 @@ from structlog.typing import FilteringBoundLogger
 
 Event = MutableMapping[str, Any]
 
+JOURNAL: Final = Path("/run/systemd/journal/socket")
+
 # Longer values are cut: journald takes lines of 48 KiB, and a line is for reading.
 _MAX_VALUE_CHARS: Final = 4000
 _MAX_TRACEBACK_CHARS: Final = 30_000
+_MAX_NAME_CHARS: Final = 64  # of a field in the journal; one with a longer name is dropped there
 
 _PRIORITIES: Final = {
     "debug": 7,
@@ -42,21 +47,31 @@ _HEAD: Final = ("ts", "level", "logger", "event")
 _CHATTY: Final = ("httpx", "httpcore", "hypercorn")
 
 
-def configure(level: str, format: str = "auto", *, stream: TextIO | None = None) -> None:  # noqa: A002
+def configure(
+    level: str,
+    format: str = "auto",  # noqa: A002
+    *,
+    stream: TextIO | None = None,
+    journal: Path = JOURNAL,
+) -> None:
     """Set up logging for the whole process; may be called again.
 
     Args:
       level: ``debug``, ``info``, ``warning`` or ``error``: what is below it is not told.
-      format: ``logfmt``, ``json``, ``journald`` (logfmt with a priority, the time left to the
-        journal), ``console`` (for people) or ``auto``: journald if *stream* leads there, console
-        if it is a terminal, else logfmt.
+      format: ``logfmt``, ``json``, ``journald`` (fields of their own in systemd's journal),
+        ``console`` (for people) or ``auto``: journald if *stream* leads there, console if it is a
+        terminal, else logfmt.
       stream: Where lines go; stderr as it is now if None.
+      journal: The journal's socket. While it takes nothing, lines go to *stream*, in logfmt with a
+        priority.
 
     """
     target = sys.stderr if stream is None else stream
     number = logging.getLevelNamesMapping()[level.upper()]
     if format == "auto":
         format = _fitting_format(target, os.environ)  # noqa: A001
+    lines = _Lines(target)
+    sink = _Journal(lines, journal) if format == "journald" else lines
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -64,7 +79,7 @@ def configure(level: str, format: str = "auto", *, stream: TextIO | None = None)
             _RENDERERS[format](target),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=_Lines(target).named,
+        logger_factory=lambda *names: _Logger(sink, names[0] if names else "comfyd"),
         cache_logger_on_first_use=False,  # loggers made at import follow a later configure()
     )
     root = logging.getLogger()
@@ -120,10 +135,6 @@ class _Lines:
         self._stream = stream
         self._lock = threading.Lock()
 
-    def named(self, *names: str) -> _Logger:
-        """The logger that structlog wraps."""
-        return _Logger(self, names[0] if names else "comfyd")
-
     def write(self, line: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         line = line.encode(encoding, "backslashreplace").decode(encoding)
@@ -137,12 +148,59 @@ class _Lines:
                 return
 
 
-class _Logger:
-    """One name over the lines; structlog calls the method named after the level."""
+class _Journal:
+    """Writes entries to systemd's journal in its native protocol: one datagram each."""
 
-    def __init__(self, lines: _Lines, name: str) -> None:
+    def __init__(self, lines: _Lines, path: Path) -> None:
+        self._lines = lines
+        self._path = str(path)
+
+    def write(self, fields: Mapping[str, Any]) -> None:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                sock.sendto(entry(fields), self._path)
+        except OSError:  # it restarts, is busy, or is not there: stderr leads to it as well
+            self._lines.write(_prioritised(fields))
+
+
+def entry(fields: Mapping[str, Any]) -> bytes:
+    """An event's *fields* as a journal entry (systemd's "Native Journal Protocol").
+
+    Our own fields are ``COMFYD_...``: the names without a prefix mean something to the journal. No
+    value needs the binary form, for escaped ones are one line each.
+    """
+    rest = dict(fields)
+    level, logger, event = rest.pop("level"), rest.pop("logger"), rest.pop("event")
+    # Everything is there as a field too: the message is for reading, and a datagram holds 200 KiB.
+    trace = {key: rest[key] for key in rest if key == "exception"}
+    words = [event, _logfmt({key: rest[key] for key in rest if key not in trace})]
+    message = _cut(" ".join(filter(None, words)), _MAX_VALUE_CHARS)
+    told = {
+        "MESSAGE": " ".join(filter(None, [message, _logfmt(trace)])),
+        "PRIORITY": _PRIORITIES[level],
+        "SYSLOG_IDENTIFIER": "comfyd",
+        "COMFYD_LOGGER": logger,
+        "COMFYD_EVENT": event,
+    } | {_journal_name(key): value for key, value in rest.items() if value is not None}
+    lines = (f"{name}={escape(_text(value))}\n" for name, value in told.items())
+    return "".join(lines).encode("utf-8", "backslashreplace")
+
+
+def _journal_name(key: str) -> str:
+    return f"COMFYD_{re.sub(r'[^A-Z0-9_]', '_', key.upper())}"[:_MAX_NAME_CHARS]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+class _Logger:
+    """One name over a sink; structlog calls the method named after the level."""
+
+    def __init__(self, sink: _Lines | _Journal, name: str) -> None:
         self.name = name
-        self.debug = self.info = self.warning = self.error = self.critical = lines.write
+        self.debug = self.info = self.warning = self.error = self.critical = sink.write
 
 
 class _Forward(logging.Handler):
@@ -216,7 +274,9 @@ def _logfmt(fields: Mapping[str, Any]) -> str:
     return " ".join(f"{re.sub(r'[^A-Za-z0-9_.]', '_', key)}={_word(fields[key])}" for key in fields)
 
 
-Renderer = Callable[[_Logger, str, Event], str]
+# What is handed to the sink: a line, or (as arguments, structlog's way) the fields themselves.
+Rendered = str | tuple[tuple[dict[str, Any]], dict[str, Any]]
+Renderer = Callable[[_Logger, str, Event], Rendered]
 
 
 def _logfmt_renderer(stream: TextIO) -> Renderer:
@@ -228,11 +288,13 @@ def _json_renderer(stream: TextIO) -> Renderer:
 
 
 def _journald_renderer(stream: TextIO) -> Renderer:
-    def render(logger: _Logger, _: str, event: Event) -> str:
-        fields = _fields(logger, event)
-        return f"<{_PRIORITIES[fields.pop('level')]}>{_logfmt(fields)}"
+    return lambda logger, _, event: ((_fields(logger, event),), {})
 
-    return render
+
+def _prioritised(fields: Mapping[str, Any]) -> str:
+    """A line for a journal that reads our stderr: see sd-daemon(3)."""
+    rest = {key: value for key, value in fields.items() if key != "level"}
+    return f"<{_PRIORITIES[fields['level']]}>{_logfmt(rest)}"
 
 
 def _console_renderer(stream: TextIO) -> Renderer:

@@ -476,7 +476,9 @@ class Metrics:
                     self._output_bytes.labels(server).inc(data["bytes"])
                 case "charged":
                     self._charged.labels(server).inc(data["charged"])
-                case "accepted" | "signal" | "blamed" | "retried":
+                case (
+                    "accepted" | "started" | "signal" | "blamed" | "retried" | "fenced" | "unfenced"
+                ):
                     pass  # part of the story; what they lead to is counted
                 case _:
                     assert_never(note.kind)

@@ -7,6 +7,10 @@ import json
 import logging
 import os
 import pty
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,8 @@ from hypothesis import strategies as st
 
 from comfyd import log
 from comfyd.config import Secret
+
+NOWHERE = Path("/nowhere/journal")  # or the tests would write to the journal of whoever runs them
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +43,7 @@ class Terminal(io.StringIO):
 def told(format_: str, event: str, level: str = "info", **fields: object) -> str:
     """The one line that an event becomes."""
     stream = io.StringIO()
-    log.configure("debug", format_, stream=stream)
+    log.configure("debug", format_, stream=stream, journal=NOWHERE)
     getattr(log.get_logger("comfyd.test"), level)(event, **fields)
     line = stream.getvalue()
     assert line.endswith("\n")
@@ -165,7 +171,9 @@ def test_loggers_made_before_follow_the_set_up():
 def test_the_standard_library_comes_out_the_same_way():
     log.configure("info", "logfmt", stream=io.StringIO())
     stream = io.StringIO()
-    log.configure("info", "journald", stream=stream)  # twice set up, still told once
+    log.configure(
+        "info", "journald", stream=stream, journal=NOWHERE
+    )  # twice set up, still told once
     logging.getLogger("lib").warning("slow: %s\n", 3)
     logging.getLogger("lib").log(25, "odd level")
     logging.getLogger("httpx").info("GET /")
@@ -199,7 +207,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(error):
 
 def test_a_narrow_encoding_is_no_error():
     raw = io.BytesIO()
-    log.configure("info", "journald", stream=io.TextIOWrapper(raw, "ascii"))
+    log.configure("info", "journald", stream=io.TextIOWrapper(raw, "ascii"), journal=NOWHERE)
     log.get_logger("x").info("été")
     assert raw.getvalue() == rb"<6>logger=x event=\xe9t\xe9" + b"\n"
 
@@ -213,7 +221,7 @@ def test_auto_looks_where_lines_go(tmp_path, monkeypatch):
         log.get_logger("x").info("one")
         status = os.fstat(stream.fileno())
         monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
-        log.configure("info", "auto", stream=stream)
+        log.configure("info", "auto", stream=stream, journal=NOWHERE)
         log.get_logger("x").info("two")
     one, two = path.read_text().splitlines()
     assert one.startswith("ts=")
@@ -232,6 +240,98 @@ def test_stderr_is_where_lines_go(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "event=event" in err
+
+
+class Journald:
+    """A journal that reads what it is sent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.socket.settimeout(5)
+
+    def entry(self) -> dict[str, str]:
+        """The next entry; fails on one that is not in the simple form of the native protocol."""
+        lines = self.socket.recv(2**20).decode().split("\n")
+        assert lines.pop() == ""
+        fields = dict(line.split("=", 1) for line in lines)
+        assert len(fields) == len(lines)
+        for name in fields:  # any other is dropped: systemd.journal-fields(7), sd_journal_print(3)
+            assert re.fullmatch("[A-Z][A-Z0-9_]{0,63}", name)
+        return fields
+
+
+@pytest.fixture
+def journald(tmp_path: Path) -> Iterator[Journald]:
+    one = Journald(tmp_path / "journal")
+    yield one
+    one.socket.close()
+
+
+def test_the_journal_gets_fields(journald):
+    stream = io.StringIO()
+    log.configure("info", "journald", stream=stream, journal=journald.path)
+    about = {"job": "a.1", "server": "s", "prompt": "p", "missed": None}
+    log.get_logger("comfyd.jobs").warning("job_ended", **about, total_s=0.5, ok=True)
+    assert journald.entry() == {
+        "MESSAGE": "job_ended job=a.1 server=s prompt=p missed=null total_s=0.5 ok=true",
+        "PRIORITY": "4",
+        "SYSLOG_IDENTIFIER": "comfyd",
+        "COMFYD_LOGGER": "comfyd.jobs",
+        "COMFYD_EVENT": "job_ended",
+        "COMFYD_JOB": "a.1",
+        "COMFYD_SERVER": "s",
+        "COMFYD_PROMPT": "p",
+        "COMFYD_TOTAL_S": "0.5",
+        "COMFYD_OK": "true",
+    }
+    logging.getLogger("lib").error("slow")
+    assert journald.entry()["MESSAGE"] == "slow"
+    assert stream.getvalue() == ""
+
+
+def test_nothing_breaks_out_of_its_field_in_the_journal(journald):
+    log.configure("info", "journald", stream=io.StringIO(), journal=journald.path)
+    evil = "x\nPRIORITY=0\nMESSAGE=\x1b[2J\ud800"
+    fields: dict[str, Any] = {evil: evil, "a" * 100: "long", "priority": 0, "message": "m"}
+    log.get_logger("x").info(evil, **fields)
+    entry = journald.entry()
+    assert entry["PRIORITY"] == "6"
+    assert entry["MESSAGE"].isprintable()
+    assert entry["COMFYD_EVENT"] == r"x\nPRIORITY=0\nMESSAGE=\x1b[2J\ud800"
+    assert entry["COMFYD_X_PRIORITY_0_MESSAGE___2J_"] == entry["COMFYD_EVENT"]
+    assert entry["COMFYD_PRIORITY"] == "0"
+
+
+def test_the_largest_event_fits_into_the_journal(journald):
+    log.configure("info", "journald", stream=io.StringIO(), journal=journald.path)
+    try:
+        raise ValueError("\n" * 100_000)
+    except ValueError:
+        log.get_logger("x").exception("failed", **{f"v{n}": "é" * 100_000 for n in range(6)})
+    entry = journald.entry()
+    assert entry["COMFYD_V5"].endswith("(100000 characters)")
+    assert len(entry["COMFYD_V5"]) < 5000
+    assert "characters)" in entry["COMFYD_EXCEPTION"]
+
+
+def test_a_journal_that_takes_nothing_gets_it_by_way_of_stderr(journald):
+    stream = io.StringIO()
+    log.configure("info", "journald", stream=stream, journal=journald.path)
+    logger = log.get_logger("x")
+    for number in range(2000):  # nobody reads: its queue is full some time, and we do not wait
+        logger.info("event", n=number)
+    lines = stream.getvalue().splitlines()
+    assert lines
+    assert lines[-1] == "<6>logger=x event=event n=1999"
+    read = 2000 - len(lines)
+    assert [journald.entry()["COMFYD_N"] for _ in range(read)] == [str(n) for n in range(read)]
+    logger.info("again")
+    assert journald.entry()["MESSAGE"] == "again"
+    journald.socket.close()  # it restarts
+    logger.info("gone")
+    assert stream.getvalue().endswith("event=gone\n")
 
 
 class TestRateLimiter:

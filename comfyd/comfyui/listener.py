@@ -25,6 +25,10 @@ class Listener(Protocol):
     def on_hint(self, prompt_id: PromptId, sign: Sign) -> None:
         """A message named a prompt; anybody's, and any text may be its id."""
 
+    def on_progress(self, prompt_id: PromptId, kind: str, data: bytes) -> None:
+        """After the hint: the message of type *kind* itself, which may say how far the prompt is.
+        *data* is JSON, and of any size."""
+
     def on_remaining(self, remaining: int) -> None:
         """The server's own count of pending and running prompts."""
 

@@ -310,8 +310,9 @@ class Tracker:
                     if was_stalled:
                         self._listener.on_stalled(False)
                 self._listener.on_remaining(remaining)
-            case Alive(_, prompt_id):
+            case Alive(kind, prompt_id, data):
                 self._listener.on_hint(prompt_id, Sign.ALIVE)
+                self._listener.on_progress(prompt_id, kind, data)
             case Ending(_, prompt_id):
                 self._listener.on_hint(prompt_id, Sign.ENDING)
             case Ended(prompt_id):

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -69,7 +69,7 @@ from comfyd.core.job import (
     wake_s,
 )
 from comfyd.core.model import End, Fence, JobId, PromptId, Row, ServerName, State
-from comfyd.core.moves import is_recalled, token_of
+from comfyd.core.moves import is_recalled, noted, token_of
 from comfyd.core.notes import Note
 from comfyd.core.orders import Expire, JobOrder, Order, Refill, Summon
 from comfyd.core.orders import Fence as FenceOrder
@@ -305,6 +305,11 @@ class Engine:
         rows = (job.row for job in self.jobs.values())
         return Counter(row.server for row in rows if row.state.in_flight and row.server)
 
+    def next_up(self, count: int) -> list[Row]:
+        """The first *count* jobs of the queue, as far as they are in memory, best first."""
+        entries = {entry for entry in self._queue if self._is_queued(entry)}
+        return [self.jobs[job_id].row for _, _, job_id in heapq.nsmallest(count, entries)]
+
     def stale(self, server: ServerName, *, now_s: float) -> int:
         """Prompts on *server* that have been silent for longer than ``stale_after``."""
         return sum(
@@ -349,6 +354,7 @@ class Engine:
         if row != before:
             self._pending.dirty.setdefault(row.job, before.version)
             self._pending.urgent |= done.urgent
+        raised = []
         for server, origin, prompt_id in row.abandoned[len(before.abandoned) :]:
             fence = Fence(
                 prompt_id=PromptId(prompt_id),
@@ -358,8 +364,12 @@ class Engine:
             )
             self._pending.raised.append(fence)
             self.fleet.watch(fence)
+            raised.append(_about(fence, "fenced"))
         self._pending.orders += done.orders
         self._pending.notes += done.notes
+        self._pending.notes += raised
+        if row.started_at is not None and before.started_at is None:
+            self._pending.notes.append(noted(done.job, "started"))
         self._index(old, row)
         if row.state is not before.state:
             self.counts[before.state] -= 1
@@ -746,6 +756,7 @@ class Engine:
         else:
             del self.fleet.watches[fact.prompt_id]
             self._pending.lifted.append(fact.prompt_id)
+            self._pending.notes.append(_about(fence, "unfenced"))
 
     # --- what persons ask for --------------------------------------------------------------------
 
@@ -816,6 +827,10 @@ class Engine:
             if wake_s(job, self.policy) <= now_s:
                 self._step(job, Due(), now_s, u)
             self._wake(self.jobs[job_id])
+
+
+def _about(fence: Fence, kind: Literal["fenced", "unfenced"]) -> Note:
+    return Note(kind, fence.job, fence.server, prompt=fence.prompt_id)
 
 
 def submission_order(row: Row) -> tuple[float, float, int]:

@@ -89,7 +89,7 @@ def with_row(job: Job, **changes: Any) -> Job:
 
 
 def noted(job: Job, kind: Kind, *, story: bool = True, **data: Any) -> Note:
-    return Note(kind, job.row.job, job.row.server, data, story)
+    return Note(kind, job.row.job, job.row.server, data, story, job.row.prompt_id)
 
 
 def dropped(job: Job, reason: str) -> Note:
@@ -126,7 +126,7 @@ def plan(job: Job, ask: Ask, until_s: float) -> Job:
 
 def move(job: Job, state: State, ctx: Context, *notes: Note, **changes: Any) -> Step:
     """Enter *state*: the row, a fresh `Live`, the order on entry."""
-    old = job.live
+    old, before = job.live, job.row.state
     live = Live(
         seq=old.seq,
         order=old.order,
@@ -139,9 +139,22 @@ def move(job: Job, state: State, ctx: Context, *notes: Note, **changes: Any) -> 
         recovered=old.recovered and state in IN_FLIGHT,
     )
     job = Job(msgspec.structs.replace(job.row, state=state, **changes), live)
-    moved = Step(job, (), (*notes, noted(job, "moved", state=state.value)))
+    moved = Step(job, (), (*notes, noted(job, "moved", state=state.value, **_why(before, job.row))))
     ask = ON_ENTRY.get(state)
     return moved if ask is None else then(moved, issue(job, ask))
+
+
+def _why(before: State, row: Row) -> dict[str, Any]:
+    """What a person wants to know at once of a state that is not the next one on the way."""
+    match row:
+        case Row(state=State.SUBMITTED) if before is State.STOPPING:
+            return {"reason": "it runs by now"}
+        case Row(state=State.HELD):
+            return {"reason": row.held}
+        case Row(state=State.STOPPING, why=Outcome(reason=Reason() as reason)):
+            return {"reason": reason.value}
+        case _:
+            return {}
 
 
 def collect_as(job: Job, outcome: Outcome, ctx: Context, *notes: Note, **changes: Any) -> Step:

@@ -8,12 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from comfyd.core.present import bare_url, rfc3339
+from comfyd.core.progress import Progress
 from comfyd.core.server import Server
 from comfyd.core.wire.stats import Device
 from comfyd.core.wishes import draining_words, prompts
 
 JOBS_MAX: Final = 200
 """Jobs in one snapshot at most: more than 12 full windows, and a page is still readable."""
+QUEUE_MAX: Final = 20
+"""Jobs of the queue in one snapshot: those that people wait for next."""
+MISSED_MAX: Final = 10
+"""Missed signals told one by one: the latest."""
+NOT_ASKED: Final = "not asked yet"
+"""Why a server is down before its first health probe."""
 
 
 class ServerState(enum.Enum):
@@ -61,6 +68,8 @@ class ServerView:
     queue_remaining: Its own count, others' prompts included; None before the first.
     stale: Prompts of ours that have been silent for longer than ``stale_after``.
     draining: A person asked to send nothing more, whatever its state is.
+    run_s: What a job takes there, by its last runs; None before the first.
+    missed: End signals of ours that did not come, since the daemon started.
     version: ComfyUI's version, "" while unknown.
     """
 
@@ -75,6 +84,8 @@ class ServerView:
     queue_remaining: int | None = None
     stale: int = 0
     draining: bool = False
+    run_s: float | None = None
+    missed: int = 0
     version: str = ""
     devices: tuple[Device, ...] = ()
 
@@ -87,6 +98,7 @@ class JobView:
       state: As shown: ``running`` is set apart from ``submitted``.
       since: When it entered its state; seconds since the epoch.
       silent_s: Seconds since the last sign of life of its prompt; None if none is on a server.
+      ready_s: Seconds until it may have run, by the recent pace; None while that is not known.
 
     """
 
@@ -98,6 +110,38 @@ class JobView:
     since: float
     silent_s: float | None = None
     stale: bool = False
+    progress: Progress | None = None
+    ready_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuedView:
+    """One job of the queue.
+
+    Attributes:
+      position: 1 for the next.
+      claimed: When it was taken in; seconds since the epoch.
+      ready_s: Seconds until it may have run, by the recent pace; None while that is not known.
+
+    """
+
+    job: str
+    position: int
+    priority: int
+    claimed: float
+    ready_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissedView:
+    """An end signal that did not come. *cause*: disconnected, deaf or silent; *source*: how the
+    end was found instead."""
+
+    at: float
+    job: str
+    server: str
+    cause: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +156,9 @@ class Snapshot:
     counts: Jobs by shown state, all of them (``present.shown_counts``).
     oldest_at: ``claimed_at`` of the oldest job ``queued`` and ``submitted`` (running ones too).
     jobs, more: Jobs at hand, oldest first, JOBS_MAX at most; and how many were left out.
+    queue: The first of the queue, QUEUE_MAX at most.
+    ready_s: Seconds until all that is here may have run, by the recent pace; None: not known.
+    missed: The latest missed signals, the last one first, MISSED_MAX at most.
     free_bytes: Space left to us on the spool's file system.
     min_free_bytes: What is to stay free there; None if it is not known.
 
@@ -127,6 +174,9 @@ class Snapshot:
     oldest_at: Mapping[str, float | None] = field(default_factory=dict)
     jobs: tuple[JobView, ...] = ()
     more: int = 0
+    queue: tuple[QueuedView, ...] = ()
+    ready_s: float | None = None
+    missed: tuple[MissedView, ...] = ()
     free_bytes: int | None = None
     min_free_bytes: int | None = None
 
@@ -151,6 +201,9 @@ class Snapshot:
             "stale": sum(server.stale for server in self.servers),
             "at_hand": [self._job(job) for job in self.jobs],
             "more": self.more,
+            "queue": [self._queued(job) for job in self.queue],
+            "ready_s": _some_seconds(self.ready_s),
+            "missed": [_missed(each) for each in self.missed],
             "free_bytes": self.free_bytes,
         }
 
@@ -165,11 +218,50 @@ class Snapshot:
             "for_s": _seconds(self.at - job.since),
             "silent_s": None if job.silent_s is None else _seconds(job.silent_s),
             "stale": job.stale,
+            "progress": None if job.progress is None else _progress(job.progress),
+            "ready_s": _some_seconds(job.ready_s),
+        }
+
+    def _queued(self, job: QueuedView) -> dict[str, Any]:
+        return {
+            "job": job.job,
+            "position": job.position,
+            "priority": job.priority,
+            "claimed": rfc3339(job.claimed),
+            "for_s": _seconds(self.at - job.claimed),
+            "ready_s": _some_seconds(job.ready_s),
         }
 
 
 def _seconds(span_s: float) -> float:
     return round(max(0.0, span_s), 3)
+
+
+def _some_seconds(span_s: float | None) -> float | None:
+    return None if span_s is None else _seconds(span_s)
+
+
+def _progress(progress: Progress) -> dict[str, Any]:
+    share = progress.share
+    return {
+        "node": progress.node,
+        "name": progress.name,
+        "step": progress.step,
+        "steps": progress.steps,
+        "nodes_done": len(progress.behind) if progress.names else None,
+        "nodes": len(progress.names) or None,
+        "share": None if share is None else round(share, 4),
+    }
+
+
+def _missed(missed: MissedView) -> dict[str, Any]:
+    return {
+        "at": rfc3339(missed.at),
+        "job": missed.job,
+        "server": missed.server,
+        "cause": missed.cause,
+        "source": missed.source,
+    }
 
 
 def _server(server: ServerView) -> dict[str, Any]:
@@ -184,6 +276,8 @@ def _server(server: ServerView) -> dict[str, Any]:
         "window": server.window,
         "queue_remaining": server.queue_remaining,
         "stale": server.stale,
+        "run_s": _some_seconds(server.run_s),
+        "missed": server.missed,
         "version": server.version,
         "devices": [
             {

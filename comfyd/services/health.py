@@ -11,6 +11,7 @@ import trio
 from comfyd.comfyui.client import Client
 from comfyd.core.facts import Fact, Health, QueueLooked, QueueSeen
 from comfyd.core.model import ServerName
+from comfyd.core.snapshot import NOT_ASKED
 from comfyd.core.wire.stats import SystemStats, version_verdict
 from comfyd.errors import ServerError
 
@@ -51,7 +52,7 @@ class HealthProbe:
         self._poked = trio.Event()
         self._warned = ""
         self.stats: SystemStats | None = None
-        self.reason = "not asked yet"
+        self.reason = NOT_ASKED
 
     def poke(self) -> None:
         """Ask soon: something happened there."""
@@ -73,15 +74,11 @@ class HealthProbe:
                 running, pending = len(queue.running), len(queue.pending)
                 self._tell(QueueLooked(server=self._name, running=running, pending=pending))
         except ServerError as error:
-            if not self.reason or self.reason == "not asked yet":
-                _log.warning("server_down", server=self._name, error=str(error))
             self.reason = str(error)
             self._on_health(False)
             self._tell(Health(server=self._name, ok=False))
             return
         verdict = version_verdict(stats.version)
-        if self.reason and not verdict.refusal:
-            _log.info("server_up", server=self._name, version=stats.version)
         said = verdict.refusal or verdict.warning
         if said and said != self._warned:
             _log.warning("server_version", server=self._name, problem=said)

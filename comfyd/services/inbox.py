@@ -33,7 +33,7 @@ class Inbox:
     """
 
     def __init__(self, is_ours: Callable[[PromptId], bool]) -> None:
-        self._is_ours = is_ours
+        self.is_ours = is_ours
         self._facts: deque[Fact] = deque()
         self._hints: dict[PromptId, Hint] = {}
         self._latest: dict[tuple[type, ServerName], QueueSeen | QueueLooked | Health] = {}
@@ -64,7 +64,7 @@ class Inbox:
 
     def hint(self, hint: Hint) -> bool:
         """Leave a hint. False if the prompt is not ours: it was dropped."""
-        if not self._is_ours(hint.prompt_id):
+        if not self.is_ours(hint.prompt_id):
             return False
         known = self._hints.get(hint.prompt_id)
         if known is None or _STRENGTH[hint.sign] > _STRENGTH[known.sign]:

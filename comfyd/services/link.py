@@ -24,6 +24,7 @@ from comfyd.services.clock import Clock
 from comfyd.services.health import HealthProbe
 from comfyd.services.inbox import Inbox
 from comfyd.services.prober import Prober
+from comfyd.services.progress import ProgressBoard
 
 # Submissions at once to one server: its event loop validates them one after the other anyway.
 SUBMITS: Final = 4
@@ -69,6 +70,7 @@ class Link:
             on_health=self._on_health,
             silent_s=self._silent_s,
         )
+        self.progress = ProgressBoard(inbox.is_ours)
         self.prober = Prober(self.name, self.client, inbox.put)
         self._inbox, self._metrics, self._clock = inbox, metrics, clock
         self._heard_at = -math.inf
@@ -134,11 +136,13 @@ class Link:
             note = Note("dropped", None, self.name, {"reason": "foreign_hint"}, story=False)
             self._metrics.observe([note])
 
+    def on_progress(self, prompt_id: PromptId, kind: str, data: bytes) -> None:
+        self.progress.heard(prompt_id, kind, data)
+
     def on_remaining(self, remaining: int) -> None:
         self._inbox.put(QueueSeen(server=self.name, remaining=remaining))
 
     def on_stalled(self, stalled: bool) -> None:
-        _log.warning("events_stalled" if stalled else "events_resumed", server=self.name)
         self._inbox.put(StalledPublisher(server=self.name, stalled=stalled))
 
     def on_invalid(self, label: str, problem: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,12 +12,26 @@ from typing import Final
 
 import trio
 
-from comfyd.core.engine import Engine
-from comfyd.core.job import Job, is_stale
-from comfyd.core.model import ServerName, State
+from comfyd.core.engine import Engine, submission_order
+from comfyd.core.job import Job, durations_s, is_stale
+from comfyd.core.model import JobId, PromptId, Row, ServerName, State
+from comfyd.core.notes import Note
+from comfyd.core.pace import RUNS, Forecast, Lane, Pace, forecast
 from comfyd.core.present import shown_counts, shown_state
+from comfyd.core.progress import Progress
 from comfyd.core.server import Server as EngineServer
-from comfyd.core.snapshot import JOBS_MAX, JobView, ServerView, Snapshot, state_of
+from comfyd.core.snapshot import (
+    JOBS_MAX,
+    MISSED_MAX,
+    QUEUE_MAX,
+    JobView,
+    MissedView,
+    QueuedView,
+    ServerState,
+    ServerView,
+    Snapshot,
+    state_of,
+)
 from comfyd.core.wire.stats import SystemStats
 from comfyd.journal.thread import Journal
 from comfyd.services.clock import Clock
@@ -34,6 +49,7 @@ class Watched:
     tracker: Callable[[], str]
     stats: Callable[[], SystemStats | None]
     reason: Callable[[], str]
+    progress: Callable[[PromptId], Progress | None]
 
 
 class Overview:
@@ -67,6 +83,38 @@ class Overview:
         self._waiting = waiting
         self._min_free_bytes = min_free_bytes
         self._started_at = clock.now_s()
+        self._pace = Pace()
+        self._missed: deque[MissedView] = deque(maxlen=MISSED_MAX)
+        self._missed_counts: Counter[str] = Counter()
+
+    async def recall(self) -> None:
+        """Take the pace up from the jobs that an earlier daemon finished."""
+        many = RUNS * max(1, len(self._watched))
+        for row in reversed(await self._journal.rows(State.DONE, limit=many)):
+            if row.server is not None and row.started_at is not None:
+                self._pace.ran(row.server, durations_s(row)["run"])
+
+    def tell(self, notes: Iterable[Note]) -> None:
+        """What happened: how long runs take, and which signals did not come."""
+        for note in notes:
+            match note.kind:
+                case "finished" if note.data["outcome"] == "done" and note.server is not None:
+                    self._pace.ran(note.server, note.data["durations_s"]["run"])
+                case "ended" if note.data["missed"] is not None:
+                    self._miss(note)
+                case _:
+                    pass
+
+    def _miss(self, note: Note) -> None:
+        missed = MissedView(
+            at=self._clock.now_s(),
+            job=note.job or "",
+            server=note.server or "",
+            cause=note.data["missed"],
+            source=note.data["source"],
+        )
+        self._missed.appendleft(missed)
+        self._missed_counts[missed.server] += 1
 
     async def snapshot(self) -> Snapshot:
         """The daemon now. Reads two indexed minima from the journal and asks the disk for space."""
@@ -81,20 +129,35 @@ class Overview:
         shown = [job for job in at_hand if not job.row.state.final]
         shown.sort(key=lambda job: job.row.seq)
         running = sum(shown_state(job.row) == "running" for job in shown)
+        servers = tuple(self._server(server, at) for server in engine.servers.values())
+        first = engine.next_up(QUEUE_MAX)
+        then, ready_s = self._forecast(servers, len(first), at)
         return Snapshot(
             at=at,
             version=self._version,
             started_at=self._started_at,
             paused=engine.paused,
             waiting=self._waiting(),
-            servers=tuple(self._server(server, at) for server in engine.servers.values()),
+            servers=servers,
             counts=shown_counts(engine.counts, running),
             oldest_at=oldest,
-            jobs=tuple(self._job(job, at) for job in shown[:JOBS_MAX]),
+            jobs=tuple(self._job(job, at, ready_s) for job in shown[:JOBS_MAX]),
             more=max(0, len(shown) - JOBS_MAX),
+            queue=tuple(
+                _queued(row, position, then.queued[position - 1] if then.queued else None)
+                for position, row in enumerate(first, 1)
+            ),
+            ready_s=then.all_s,
+            missed=tuple(self._missed),
             free_bytes=free_bytes,
             min_free_bytes=self._min_free_bytes(),
         )
+
+    def states(self) -> Iterator[tuple[ServerName, ServerState, str]]:
+        """Of every server that was asked how it is: its state, and why it is not up."""
+        for server in self._engine.servers.values():
+            if server.up is not None:
+                yield server.name, *self._state(server)
 
     def status_line(self) -> str:
         """One line for ``systemctl status``."""
@@ -109,14 +172,7 @@ class Overview:
     def _server(self, server: EngineServer, at: float) -> ServerView:
         watched = self._watched[server.name]
         stats = watched.stats()
-        in_flight = len(self._engine.on_server[server.name])
-        state, reason = state_of(
-            server,
-            trouble=self._engine.trouble(server.name),
-            down=watched.reason(),
-            in_flight=in_flight,
-            fences=self._engine.fleet.fences(server.name),
-        )
+        state, reason = self._state(server)
         return ServerView(
             name=server.name,
             url=watched.url,
@@ -124,16 +180,51 @@ class Overview:
             reason=reason,
             tracker=watched.tracker(),
             connected=server.client_id is not None,
-            in_flight=in_flight,
+            in_flight=len(self._engine.on_server[server.name]),
             window=server.room(self._engine.policy),
             queue_remaining=server.remaining if stats is not None else None,
             stale=self._engine.stale(server.name, now_s=at),
             draining=server.draining,
+            run_s=self._pace.run_s(server.name),
+            missed=self._missed_counts[server.name],
             version="" if stats is None else stats.version,
             devices=() if stats is None else stats.devices,
         )
 
-    def _job(self, job: Job, at: float) -> JobView:
+    def _state(self, server: EngineServer) -> tuple[ServerState, str]:
+        return state_of(
+            server,
+            trouble=self._engine.trouble(server.name),
+            down=self._watched[server.name].reason(),
+            in_flight=len(self._engine.on_server[server.name]),
+            fences=self._engine.fleet.fences(server.name),
+        )
+
+    def _forecast(
+        self, servers: Iterable[ServerView], first: int, at: float
+    ) -> tuple[Forecast, dict[JobId, float]]:
+        """When what is here may have run: the queue, and each prompt on a server."""
+        lanes, there = [], []
+        for view in servers:
+            run_s = self._pace.expected_s(view.name)
+            if run_s is None or view.state not in {ServerState.UP, ServerState.DEAF}:
+                continue
+            here = self._engine.on_server[ServerName(view.name)]
+            rows = sorted((self._engine.jobs[job].row for job in here), key=submission_order)
+            ran_s = tuple(0.0 if row.started_at is None else at - row.started_at for row in rows)
+            others = max(0, (view.queue_remaining or 0) - len(rows))
+            lanes.append(Lane(run_s, ran_s, others))
+            there.append([row.job for row in rows])
+        waiting = max(first, self._engine.counts[State.QUEUED])
+        then = forecast(lanes, waiting=waiting, first=first)
+        ready_s = {
+            job: ends_s
+            for jobs, ends in zip(there, then.there, strict=True)
+            for job, ends_s in zip(jobs, ends, strict=True)
+        }
+        return then, ready_s
+
+    def _job(self, job: Job, at: float, ready_s: Mapping[JobId, float]) -> JobView:
         row, live = job.row, job.live
         return JobView(
             job=row.job,
@@ -144,7 +235,25 @@ class Overview:
             since=live.since_s,
             silent_s=at - live.heard_s if row.state.in_flight else None,
             stale=is_stale(job, self._engine.policy, now_s=at),
+            progress=self._progress(row),
+            ready_s=ready_s.get(row.job),
         )
+
+    def _progress(self, row: Row) -> Progress | None:
+        if row.server is None or row.prompt_id is None or not row.state.in_flight:
+            return None
+        watched = self._watched.get(row.server)
+        return None if watched is None else watched.progress(row.prompt_id)
+
+
+def _queued(row: Row, position: int, ready_s: float | None) -> QueuedView:
+    return QueuedView(
+        job=row.job,
+        position=position,
+        priority=row.priority,
+        claimed=row.claimed_at,
+        ready_s=ready_s,
+    )
 
 
 def _free_bytes(spool: Spool) -> int:

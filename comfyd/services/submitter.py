@@ -21,10 +21,10 @@ from comfyd.core.facts import (
     Token,
     Unsendable,
 )
-from comfyd.core.model import Row, State, prompt_id_of
+from comfyd.core.model import PromptId, Row, State, prompt_id_of
 from comfyd.core.orders import Submit
 from comfyd.core.wire.rejection import decode_rejection
-from comfyd.core.workflow import Input, quoted
+from comfyd.core.workflow import Graph, Input, quoted
 from comfyd.errors import (
     JobFileError,
     ProtocolViolation,
@@ -180,10 +180,12 @@ async def submit(
     *,
     unique_prefix: bool,
     on_posted: Callable[[], None],
+    on_graph: Callable[[PromptId, Graph], None] = lambda prompt_id, graph: None,
 ) -> Answer:
     """Carry out *order*: upload what the job brings, then exactly one POST.
 
     Args:
+      on_graph: Told what is about to be sent.
       on_posted: Told as soon as the server said 200: a ``status`` must follow on the WebSocket.
 
     Cancellation: what the server did is then unknown, and the journal says so.
@@ -203,6 +205,7 @@ async def submit(
         return Rejected(token=token, message=str(error), detail={"status": 413})
     except ServerError as error:
         return _not_sent(token, error)
+    on_graph(row.prompt_id, job.document.graph)
     try:
         reply = await client.submit(body)
     except ServerRefused:

@@ -162,6 +162,7 @@ class Workshop:
                         self._spool,
                         unique_prefix=self._unique_prefix,
                         on_posted=link.tracker.posted,
+                        on_graph=link.progress.sent,
                     )
             case orders.Fetch():
                 async with self._fetches:

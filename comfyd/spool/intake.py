@@ -405,7 +405,7 @@ class Intake:
             raise
         except Exception as error:
             # Our own bug, but this file must not kill the daemon again at every start.
-            _log.exception("a job file could not be judged", payload=payload)
+            _log.exception("job_file_not_judged", payload=payload)
             raise JobFileError(
                 f"comfyd failed to read this file ({type(error).__name__}); please report it."
             ) from error

@@ -86,7 +86,7 @@ class Doorbell:
         except OSError as error:
             self._disarm()
             if not self._refused:
-                _log.warning("no events from new/, polling instead", error=str(error))
+                _log.warning("polling_new", problem=str(error))
             self._refused = True
 
     def _disarm(self) -> None:
@@ -175,7 +175,7 @@ async def watch(
         taken = await trio.to_thread.run_sync(intake.claim, entries)
         full = False
         for sentence in taken.unmovable:
-            _log.warning(sentence)
+            _log.warning("left_in_new", problem=sentence)
             on_unmovable()
         for seconds in taken.pickup_s:
             on_pickup(seconds)
@@ -225,7 +225,7 @@ async def watch(
                     await step(bell)
             except DiskFull as error:
                 if not full:
-                    _log.warning("nothing can be claimed now", error=str(error))
+                    _log.warning("claims_wait_for_space", problem=str(error))
                 full = True
                 on_refused()
                 eyes.forget()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import socket
 import stat
@@ -20,12 +19,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import structlog
 import trio
 
 from comfyd.errors import ComfydError, ConfigError, UsageError
 from comfyd.web.control_client import address_of
 
-log = logging.getLogger(__name__)
+_log: Any = structlog.get_logger("comfyd.web.control")
 
 LINE_MAX_BYTES: Final = 1 << 20
 """Of a request: some ten thousand job ids."""
@@ -68,7 +68,7 @@ async def serve_control(
             try:
                 await _converse(stream, verbs, places)
             except _Gone:
-                log.debug("a caller left the control socket, or took no answer")
+                _log.debug("caller_gone")
 
     sock = _listen(path)
     try:

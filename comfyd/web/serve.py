@@ -12,9 +12,10 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import hypercorn.trio
+import structlog
 import trio
 from hypercorn.config import Config, Sockets
 from hypercorn.typing import ASGIFramework
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp
 
 from comfyd.errors import ConfigError
 
-log = logging.getLogger(__name__)
+_log: Any = structlog.get_logger("comfyd.web.serve")
 
 KEY: Final = "metrics.listen"
 BACKLOG: Final = 100
@@ -111,7 +112,7 @@ async def serve(
                 )
             except* Exception as failure:  # noqa: BLE001
                 # Hypercorn's own: those of *app* never come here, they were logged, with a 500.
-                log.warning("the HTTP server failed and starts again: %r", failure.exceptions)
+                _log.warning("http_restarts", problem=repr(failure.exceptions))
             with trio.move_on_after(AGAIN_S):
                 await stop.wait()
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
+import structlog
 import trio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,7 +19,7 @@ from comfyd.web import api, exporter, page
 from comfyd.web.api import BadQuestion, Reads, problem
 from comfyd.web.exporter import Readiness
 
-log = logging.getLogger(__name__)
+_log: Any = structlog.get_logger("comfyd.web.site")
 
 REQUESTS_MAX: Final = 32
 """Answered at once; more get a 503. Each holds one page, half a megabyte at most."""
@@ -64,7 +64,7 @@ async def _no_such_page(request: Request, error: Exception) -> Response:
 
 
 async def _unavailable(request: Request, error: Exception) -> Response:
-    log.warning("cannot answer GET %r: %s", request.url.path, type(error).__name__)
+    _log.warning("request_not_answered", path=request.url.path, problem=str(error))
     return problem(503, "The daemon cannot answer this now; its log says why.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,9 @@ class Log:
 
     def on_hint(self, prompt_id: str, sign: Any) -> None:
         self._note("hint", (prompt_id, sign.value))
+
+    def on_progress(self, prompt_id: str, kind: str, data: bytes) -> None:
+        self._note("progress", (prompt_id, kind, json.loads(data)))
 
     def on_remaining(self, remaining: int) -> None:
         self._note("remaining", remaining)

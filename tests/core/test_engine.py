@@ -13,6 +13,7 @@ from comfyd.core.engine import LOOK_AHEAD, Batch, Engine
 from comfyd.core.facts import Hint, Presence, Sign, Token
 from comfyd.core.job import Ask
 from comfyd.core.model import JobId, PromptId, Record, Row, ServerName, Staged, State, prompt_id_of
+from comfyd.core.notes import Note
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server
 
@@ -30,6 +31,7 @@ class Rig:
         self.now_s = 1000.0
         self.store: dict[JobId, Row] = {}
         self.batch = Batch()
+        self.notes: list[Note] = []
         self.given: list[orders.JobOrder] = []
         self.fenced: list[orders.Fence] = []
         self.fences: dict[str, model.Fence] = {}
@@ -65,6 +67,7 @@ class Rig:
         given: list[orders.JobOrder] = []
         while True:
             self.batch = self.engine.take(now_s=self.now_s, u=0.0)
+            self.notes += self.batch.notes
             for change in self.batch.changes:
                 old = self.store.get(change.row.job)
                 assert (None if old is None else old.version) == change.expected
@@ -118,6 +121,10 @@ class Rig:
     def accept(self, *names: str) -> None:
         for name in names:
             self.tell(facts.Accepted(token=self.token(name), number=self.now_s))
+
+    def told(self, kind: str) -> list[Note]:
+        """The notes of one kind, so far."""
+        return [note for note in self.notes if note.kind == kind]
 
     def hint(self, job: str, sign: Sign, server: ServerName = A) -> list[orders.JobOrder]:
         return self.tell(Hint(server=server, prompt_id=prompt_id_of(JobId(job), 1), sign=sign))
@@ -479,3 +486,64 @@ def test_on_the_only_server_a_sick_card_stops_the_queue_and_bad_jobs_do_not():
         failed = sum(row.outcome is not None for row in rig.store.values())
         assert failed == (POLICY.sick_after if stops else 8)
         assert bool(rig.engine.trouble(A)) == stops
+
+
+def test_what_is_next_is_told_in_the_order_in_which_it_will_be_sent():
+    rig = Rig(1)
+    rig.drop("sent", "a", "b")
+    rig.drop("high", priority=5)
+    rig.tell(facts.HoldAsked(job=JobId("a"), reason="x"))
+    assert [row.job for row in rig.engine.next_up(9)] == ["high", "b"]
+    assert [row.job for row in rig.engine.next_up(1)] == ["high"]
+
+
+def test_a_start_is_told_once():
+    rig = Rig()
+    rig.drop("x")
+    rig.accept("x")
+    assert rig.told("started") == []
+    for _ in range(3):
+        rig.hint("x", Sign.ALIVE)
+    [note] = rig.told("started")
+    assert (note.job, note.server, note.prompt) == ("x", A, prompt_id_of(JobId("x"), 1))
+
+
+def test_a_fence_is_told_when_it_is_raised_and_when_it_is_lifted():
+    rig = Rig()
+    rig.drop("x")
+    rig.accept("x")
+    prompt_id = prompt_id_of(JobId("x"), 1)
+    rig.tell(facts.Disconnected(server=A, cause="closed"), facts.Health(server=A, ok=False))
+    rig.tell(facts.ForgetAsked(server=A))
+    [note] = rig.told("fenced")
+    assert (note.job, note.server, note.prompt) == ("x", A, prompt_id)
+    rig.tell(facts.Health(server=A, ok=True))
+    for _ in range(2):
+        assert rig.told("unfenced") == []
+        rig.tell(facts.Fenced(prompt_id=prompt_id, presence=Presence.ABSENT))
+        rig.tell(facts.Tick(), after_s=POLICY.lost_grace_s)
+    [note] = rig.told("unfenced")
+    assert (note.job, note.server, note.prompt) == ("x", A, prompt_id)
+    assert len(rig.told("fenced")) == 1
+
+
+def test_a_prompt_that_was_to_be_fetched_back_and_goes_on_is_not_told_as_sent_anew():
+    rig = Rig(2, 2)
+    rig.drop("x", "y", "z")
+    rig.accept("x", "y", "z")
+    here = [job for job in ("x", "y", "z") if rig.engine.jobs[JobId(job)].row.server == A]
+    rig.hint(here[0], Sign.ALIVE)
+    (other,) = {"x", "y", "z"} - {*here}
+    rig.hint(other, Sign.ENDED, B)
+    record = msgspec.convert({"end": "success"}, Record)
+    found = facts.FetchResult.FOUND
+    rig.tell(facts.Fetched(token=rig.token(other), result=found, record=record))
+    rig.tell(facts.QueueSeen(server=B, remaining=0), facts.Tick(), after_s=POLICY.recall_after_s)
+    late = rig.engine.jobs[JobId(here[1])]
+    assert late.row.state is State.STOPPING
+    rig.tell(facts.Probed(token=rig.token(here[1]), presence=Presence.RUNNING))
+    moves = [note.data for note in rig.told("moved") if note.job == here[1]]
+    assert moves[-2:] == [
+        {"state": "stopping"},
+        {"state": "submitted", "reason": "it runs by now"},
+    ]

@@ -145,6 +145,11 @@ class Daemon:
         if process is not None:
             await end(process)
 
+    @property
+    def http_url(self) -> str:
+        """Where its HTTP side is, once it is ready."""
+        return self._http
+
     # --- what it shows ---------------------------------------------------------------------------
 
     def log(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import trio
 
@@ -27,11 +29,15 @@ async def test_every_end_signal_is_lost(simulator, tmp_path, lost):
                 daemon.drop(f"job-{number}.json", graphs.picture(number))
             await daemon.finish(JOBS, within_s=40)
             metrics = await daemon.metrics()
+            status = json.loads(await daemon.get("/api/v1/status"))
     results = daemon.results().values()
     assert sorted(result["state"] for result in results) == ["done"] * (JOBS - 1) + ["failed"]
     assert {result["completion"] for result in results} == {"audit"}
     assert metrics['comfyd_missed_signals_total{cause="silent",server="local"}'] == JOBS
     assert metrics['comfyd_completions_total{server="local",source="audit"}'] == JOBS
+    assert status["servers"][0]["missed"] == JOBS
+    assert {each["job"] for each in status["missed"]} == daemon.results().keys()
+    assert {(each["cause"], each["source"]) for each in status["missed"]} == {("silent", "audit")}
     assert metrics['comfyd_completions_total{server="local",source="signal"}'] == 0
     assert set(simulator.executions.values()) == {1}
 

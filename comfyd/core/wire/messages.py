@@ -8,7 +8,7 @@ after the history record is in place (main.py, prompt_worker). ``execution_succe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -53,10 +53,11 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """The prompt is running."""
+    """The prompt is running. *data* is the message's own, as JSON: `progress.told` reads it."""
 
     type: str
     prompt_id: PromptId
+    data: bytes = field(default=b"", repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +156,9 @@ def _decode_data(type_: str, data: bytes) -> Message:
         case "executing":
             executing, _ = decode(data, _executing, lax=False)
             prompt_id = _checked(executing.prompt_id)
-            return Ended(prompt_id) if executing.node is None else Alive(type_, prompt_id)
+            return Ended(prompt_id) if executing.node is None else Alive(type_, prompt_id, data)
         case "execution_start" | "execution_cached" | "progress" | "progress_state" | "executed":
-            return Alive(type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id))
+            return Alive(type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id), data)
         case "execution_success":
             return Ending(
                 type_, _checked(decode(data, _prompt, lax=False)[0].prompt_id), End.SUCCESS
@@ -170,7 +171,7 @@ def _decode_data(type_: str, data: bytes) -> Message:
             failed, _ = decode(data, _error, lax=False)
             prompt_id = _checked(failed.prompt_id)
             if failed.exception_type == "ExecutionBlocked":  # the prompt goes on (execution.py)
-                return Alive(type_, prompt_id)
+                return Alive(type_, prompt_id, data)
             return Ending(type_, prompt_id, End.ERROR)
         case _:
             return Ignored(line(type_, 64))
