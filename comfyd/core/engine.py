@@ -8,17 +8,17 @@ look-ahead of the queue; the rest of the queue lives only in the journal.
 from __future__ import annotations
 
 import copy
-import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import msgspec
 
-from comfyd.core import lifecycle, rules, verdicts
+from comfyd.core import lifecycle, rules
+from comfyd.core.batch import Batch, Change, Pending
 from comfyd.core.facts import (
     Accepted,
     Answer,
@@ -52,7 +52,6 @@ from comfyd.core.facts import (
 from comfyd.core.fencing import again_soon, looked
 from comfyd.core.fleet import Fleet
 from comfyd.core.job import (
-    Assigned,
     Context,
     Doubted,
     Due,
@@ -61,20 +60,24 @@ from comfyd.core.job import (
     Job,
     JobFact,
     NoServerLeft,
-    Orphaned,
     Recalled,
     Step,
     is_stale,
     job_of,
-    wake_s,
 )
+from comfyd.core.lookahead import LOOK_AHEAD, LookAhead
 from comfyd.core.model import End, Fence, JobId, PromptId, Row, ServerName, State
-from comfyd.core.moves import is_recalled, noted, token_of
+from comfyd.core.moves import noted, token_of
+from comfyd.core.news import ServerNews, heed
 from comfyd.core.notes import Note
-from comfyd.core.orders import Expire, JobOrder, Order, Refill, Summon
 from comfyd.core.orders import Fence as FenceOrder
-from comfyd.core.policy import Policy, exponential_s
+from comfyd.core.orders import JobOrder, Order, Summon
+from comfyd.core.placing import assignments, recalls, submission_order
+from comfyd.core.policy import Policy
 from comfyd.core.server import Server
+from comfyd.core.wakes import Wakes
+
+__all__ = ["LOOK_AHEAD", "Batch", "Change", "Engine"]
 
 # Results that wait for a server or a disk: more would only wait with them.
 COLLECTING_MAX: Final = 2048
@@ -82,51 +85,6 @@ COLLECTING_MAX: Final = 2048
 # Names under which the journal remembers what persons asked for.
 PAUSED: Final = "paused"
 DRAINING: Final = "draining"
-
-# Enough to keep 16 servers with full windows busy for two rounds between reads of the journal.
-LOOK_AHEAD = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One row to commit. *expected* is the version it replaces, or None for a new row."""
-
-    row: Row
-    expected: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What came of a batch of facts. Commit the rest and the story of *notes*, then give *orders*.
-
-    Attributes:
-      raised, lifted: Fences that are new, and the prompt ids of those that are over.
-      settings: What persons asked for, to be remembered by name.
-      urgent: False when nothing waits for the commit: it may come together with a later one.
-
-    """
-
-    changes: tuple[Change, ...] = ()
-    raised: tuple[Fence, ...] = ()
-    lifted: tuple[PromptId, ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()
-    orders: tuple[Order, ...] = ()
-    notes: tuple[Note, ...] = ()
-    urgent: bool = False
-
-
-@dataclass
-class _Pending:
-    """What `handle` gathered since the last `take`."""
-
-    dirty: dict[JobId, int | None] = field(default_factory=dict)  # job -> committed version
-    raised: list[Fence] = field(default_factory=list)
-    lifted: list[PromptId] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    purposes: list[Wish | LateSuccess] = field(default_factory=list)
-    orders: list[Order] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
-    urgent: bool = False
 
 
 class Engine:
@@ -153,20 +111,11 @@ class Engine:
         self.paused = False
         self.space = True
         self._prompts: dict[PromptId, JobId] = {}
-        self._queue: list[tuple[int, int, JobId]] = []  # a heap; entries may be outdated
-        self._queued = 0  # queued jobs in memory
-        self._picky: dict[JobId, None] = {}  # those of them that servers have refused
-        self._picked = True  # whether each of those still has one of these to wait for:
-        self._hopeful = frozenset[ServerName]()
-        self._due: list[tuple[float, JobId]] = []  # a heap; entries may come too early
-        self._wakes: dict[JobId, float] = {}  # the earliest entry of each job there
-        self._more = True  # the journal may hold due rows that are not in memory
-        self._next_delayed_s = math.inf  # when the first delayed row in the journal comes due
-        self._overdue_s = 0.0  # when the first queued row is past its deadline
+        self._ahead = LookAhead(self.jobs)
+        self._wakes = Wakes(policy)
         self._recall_s = math.inf  # when to think of fetching a prompt back
         self._now_s = 0.0
-        self._refilling = self._expiring = False
-        self._pending = _Pending()
+        self._pending = Pending()
 
     @property
     def servers(self) -> Mapping[ServerName, Server]:
@@ -182,9 +131,9 @@ class Engine:
         new = copy.copy(self)
         new.fleet = self.fleet.fork()
         new.jobs, new.counts = dict(self.jobs), self.counts.copy()
-        new._prompts, new._queue, new._due = dict(self._prompts), self._queue[:], self._due[:]
-        new._picky, new._wakes = dict(self._picky), dict(self._wakes)
-        new._pending = _Pending()
+        new._prompts = dict(self._prompts)
+        new._ahead, new._wakes = self._ahead.fork(new.jobs), self._wakes.fork()
+        new._pending = Pending()
         return new
 
     # --- what the dispatcher calls ---------------------------------------------------------------
@@ -254,7 +203,7 @@ class Engine:
         self._now_s = now_s
         self._place(now_s, u)
         self._fence(now_s)
-        pending, self._pending = self._pending, _Pending()
+        pending, self._pending = self._pending, Pending()
         changes = []
         for job_id, expected in pending.dirty.items():
             job = self.jobs[job_id]
@@ -277,13 +226,13 @@ class Engine:
 
     def next_deadline_s(self) -> float:
         """When the next Tick is due; inf if never."""
-        deadline_s = min(self._first_wake_s(), self._next_delayed_s, self._overdue_s)
-        if self._queued:  # somebody waits for a server to be tried again
+        deadline_s = min(self._wakes.first_s(self.jobs), self._ahead.next_s)
+        if self._ahead.queued:  # somebody waits for a server to be tried again
             for server in self.servers.values():
                 opens_s = server.opens_s
                 if self._now_s < opens_s < deadline_s:
                     deadline_s = opens_s
-        if self._picky:
+        if self._ahead.picky:
             deadline_s = min(deadline_s, self.fleet.hopes_end_s(self._now_s))
         for watch in self.fleet.watches.values():
             if not watch.asked and self.servers[watch.fence.server].up:
@@ -297,7 +246,7 @@ class Engine:
     @property
     def active(self) -> int:
         """Jobs at hand that are not just waiting in the queue."""
-        return len(self.jobs) - self._queued
+        return len(self.jobs) - self._ahead.queued
 
     def sent_to(self) -> Counter[ServerName]:
         """Prompts of ours that may be on servers, by name: of those too that are configured no
@@ -307,8 +256,7 @@ class Engine:
 
     def next_up(self, count: int) -> list[Row]:
         """The first *count* jobs of the queue, as far as they are in memory, best first."""
-        entries = {entry for entry in self._queue if self._is_queued(entry)}
-        return [self.jobs[job_id].row for _, _, job_id in heapq.nsmallest(count, entries)]
+        return self._ahead.first(count, self._now_s)
 
     def stale(self, server: ServerName, *, now_s: float) -> int:
         """Prompts on *server* that have been silent for longer than ``stale_after``."""
@@ -335,7 +283,7 @@ class Engine:
                 self._drop("unknown_job")
             return
         if isinstance(fact, Accepted | Rejected | NotSent | SubmitUnknown):
-            self._breaker(job, fact, now_s, u)
+            self.fleet.answered(job.row, fact, now_s=now_s, u=u)
         self._step(job, fact, now_s, u)
 
     def _step(self, job: Job, fact: JobFact, now_s: float, u: float) -> None:
@@ -374,48 +322,16 @@ class Engine:
         if row.state is not before.state:
             self.counts[before.state] -= 1
             self.counts[row.state] += 1
-        self._wake(done.job)
+        self._wakes.keep(done.job)
         for note in done.notes:
             if note.kind == "blamed":
-                self._blame(row.job, note)
+                self.fleet.blame(row.job, note)
             elif note.kind == "ended" and note.data["end"] == "success":
-                self._ran(row)
-
-    def _wake(self, job: Job) -> None:
-        """See to it that the job is told when its time has come."""
-        wanted_s = wake_s(job, self.policy)
-        if wanted_s < self._wakes.get(job.row.job, math.inf):
-            self._wakes[job.row.job] = wanted_s
-            heapq.heappush(self._due, (wanted_s, job.row.job))
-
-    def _first_wake_s(self) -> float:
-        """When the first job wants a Due; entries that come too early are put right on the way."""
-        while self._due:
-            due_s, job_id = self._due[0]
-            job = self.jobs.get(job_id)
-            if job is not None and wake_s(job, self.policy) == due_s == self._wakes.get(job_id):
-                return due_s
-            heapq.heappop(self._due)
-            if self._wakes.get(job_id) == due_s:
-                del self._wakes[job_id]
-                if job is not None:
-                    self._wake(job)
-        return math.inf
+                self.fleet.succeeded(row)
 
     def _index(self, old: Row | None, row: Row) -> None:
         """Keep the look-ups in step with the rows in memory."""
-        if old is not None and old.state is State.QUEUED:
-            self._queued -= 1
-            self._picky.pop(row.job, None)
-        if row.state is State.QUEUED:
-            self._queued += 1
-            if old is None or old.state is not State.QUEUED:
-                heapq.heappush(self._queue, (-row.priority, row.seq, row.job))
-            if row.verdicts:
-                self._picky[row.job] = None
-                self._picked = False
-            if row.queue_by is not None:
-                self._overdue_s = min(self._overdue_s, row.queue_by)
+        self._ahead.index(old, row)
         self.fleet.index(old, row)
         if old is not None and old.prompt_id is not None and old.prompt_id != row.prompt_id:
             self._prompts.pop(old.prompt_id, None)
@@ -426,31 +342,14 @@ class Engine:
         """Drop what is retired, and what the look-ahead has no room for; the journal has both."""
         for job_id in committed:
             row = self.jobs[job_id].row
-            if row.state is State.QUEUED and row.not_before > self._now_s:
-                self._next_delayed_s = min(self._next_delayed_s, row.not_before)
+            if self._ahead.sleeps(row, self._now_s) or row.retired or row.state is State.HELD:
                 self._remove(job_id)
-            elif row.retired or row.state is State.HELD:
-                self._remove(job_id)
-        # The heap keeps entries of jobs that were held or cancelled until it is made anew.
-        if self._queued > LOOK_AHEAD or len(self._queue) > 2 * LOOK_AHEAD:
-            queue = sorted({entry for entry in self._queue if self._is_queued(entry)})
-            self._more |= len(queue) > LOOK_AHEAD
-            for _, _, job_id in queue[LOOK_AHEAD:]:
-                self._remove(job_id)
-            self._queue = queue[:LOOK_AHEAD]
-
-    def _is_queued(self, entry: tuple[int, int, JobId]) -> bool:
-        """Whether this entry of the heap is a job that may be sent now."""
-        job = self.jobs.get(entry[2])
-        if job is None or job.row.state is not State.QUEUED:
-            return False
-        return job.row.not_before <= self._now_s
+        for job_id in self._ahead.overflow(self._now_s):
+            self._remove(job_id)
 
     def _remove(self, job_id: JobId) -> None:
         row = self.jobs.pop(job_id).row
-        self._picky.pop(job_id, None)
-        if row.state is State.QUEUED:
-            self._queued -= 1
+        self._ahead.leave(row)
         if row.prompt_id is not None:
             self._prompts.pop(row.prompt_id, None)
 
@@ -484,9 +383,7 @@ class Engine:
             self._pending.notes.append(Note("retried", row.retry_of, None, {"new": row.job}))
 
     def _candidates(self, fact: Candidates, now_s: float, u: float) -> None:
-        self._refilling = False
-        self._more = len(fact.rows) >= LOOK_AHEAD
-        self._next_delayed_s = math.inf if fact.next_due_s is None else fact.next_due_s
+        self._ahead.refilled(fact)
         for row in fact.rows:
             self._awake(row, now_s, u)
 
@@ -509,14 +406,11 @@ class Engine:
             self._step(self._awake(row, now_s, u), purpose, now_s, u)
             if asleep and row.job not in self._pending.dirty:
                 self._remove(row.job)  # it had no effect: the journal is where it belongs
-                self._more = True
+                self._ahead.missed()
 
     def _overdue(self, fact: Overdue, now_s: float, u: float) -> None:
         """Queued rows whose time to start has run out."""
-        self._expiring = False
-        self._overdue_s = math.inf if fact.next_s is None else fact.next_s
-        if len(fact.rows) >= LOOK_AHEAD:
-            self._overdue_s = now_s
+        self._ahead.expired(fact, now_s)
         for row in fact.rows:
             job = self._awake(row, now_s, u)
             if job.row.state is State.QUEUED:
@@ -525,101 +419,19 @@ class Engine:
     def _place(self, now_s: float, u: float) -> None:
         """Give queued jobs places, and take from servers what others could run."""
         self.fleet.keep_fit(now_s)
-        hopeful = self.fleet.hopeful(now_s)
-        if self._picky and not (self._picked and hopeful == self._hopeful):
-            self._give_up_picky(now_s, u)
-        self._hopeful, self._picked = hopeful, True
+        for job in self._ahead.hopeless(self.fleet, now_s):
+            self._step(job, NoServerLeft(), now_s, u)
         self._recall_s = math.inf
         if self.space and self.counts[State.COLLECTING] < COLLECTING_MAX:
-            self._assign(now_s, u)
-            self._recall(now_s, u)
-        if now_s >= self._next_delayed_s:
-            self._more, self._next_delayed_s = True, math.inf
-        if self._more and self._queued < LOOK_AHEAD // 2 and not self._refilling:
-            self._refilling = True
-            self._pending.orders.append(Refill(count=LOOK_AHEAD))
-        if now_s >= self._overdue_s and not self._expiring:
-            self._expiring, self._overdue_s = True, math.inf
-            self._pending.orders.append(Expire(count=LOOK_AHEAD))
-
-    def _give_up_picky(self, now_s: float, u: float) -> None:
-        """End what servers have refused and no other is left to try."""
-        for job_id in list(self._picky):
-            job = self.jobs[job_id]
-            if not self.fleet.elsewhere(job.row, now_s):
-                self._step(job, NoServerLeft(), now_s, u)
-
-    def _assign(self, now_s: float, u: float) -> None:
-        """Give queued jobs, best first, to the least loaded servers with room."""
-        fleet = self.fleet
-        open_ = {s.name for s in fleet.servers.values() if fleet.has_room(s, now_s)}
-        passed_over = []
-        while open_ and self._queue:
-            entry = heapq.heappop(self._queue)
-            if not self._is_queued(entry):
-                continue
-            job = self.jobs[entry[2]]
-            server = fleet.place(job.row, sorted(open_))
-            if server is None:
-                passed_over.append(entry)
-                if job.row.deaths:  # it is sent alone: let a server become empty for it
-                    open_.discard(fleet.reserve(job.row, now_s) or ServerName(""))
-                continue
-            client_id = server.client_id if server.hearing else None
-            self._step(job, Assigned(server.name, server.origin, client_id), now_s, u)
-            if not fleet.has_room(server, now_s):
-                open_.discard(server.name)
-        for entry in passed_over:
-            heapq.heappush(self._queue, entry)
-
-    def _recall(self, now_s: float, u: float) -> None:
-        """Fetch prompts back that wait on a server while another one could run them."""
-        fleet = self.fleet
-        if len(self.servers) < 2 or not any(fleet.on_server.values()):
-            return
-        for server in list(self.servers.values()):
-            if server.up and fleet.on_server[server.name] and fleet.trouble(server.name, now_s):
-                for job in self._waiting_on(server.name):
-                    others = (s for s in self.servers.values() if s.name != server.name)
-                    if any(self._could_run(other, job.row, now_s) for other in others):
-                        self._step(job, Recalled(), now_s, u)
-        if self._queued or self._more:
-            return
-        idle = fleet.idle(now_s)
-        under_way = sum(
-            is_recalled(self.jobs[j].row) for here in fleet.on_server.values() for j in here
-        )
-        for server in idle[under_way:]:
-            behind = [
-                job
-                for name, here in fleet.on_server.items()
-                if max(len(here), fleet.servers[name].remaining) > 1 and fleet.servers[name].up
-                for job in self._waiting_on(name)
-                if self._could_run(server, job.row, now_s)
-            ]
-            late = max(behind, key=lambda job: submission_order(job.row), default=None)
-            if late is None:
-                continue
-            at_s = (late.row.submitted_at or now_s) + self.policy.recall_after_s
-            if at_s <= now_s:
-                self._step(late, Recalled(), now_s, u)
-            else:
-                self._recall_s = min(self._recall_s, at_s)
-
-    def _waiting_on(self, name: ServerName) -> list[Job]:
-        """Prompts there that have not started, as far as is known."""
-        here = [self.jobs[job_id] for job_id in self.on_server[name]]
-        return [
-            job
-            for job in here
-            if job.row.state is State.SUBMITTED
-            and job.row.started_at is None
-            and not job.live.ended
-        ]
-
-    def _could_run(self, server: Server, row: Row, now_s: float) -> bool:
-        said = verdicts.has_said(row, server.name, server.origin)
-        return not said and self.fleet.is_usable(server, now_s)
+            for job, place in assignments(self._ahead, self.fleet, now_s):
+                self._step(job, place, now_s, u)
+            nobody_queued = self._ahead.exhausted
+            back, self._recall_s = recalls(
+                self.jobs, self.fleet, now_s, nobody_queued=nobody_queued
+            )
+            for job in back:
+                self._step(job, Recalled(), now_s, u)
+        self._pending.orders += self._ahead.reads(now_s)
 
     # --- servers ---------------------------------------------------------------------------------
 
@@ -628,94 +440,12 @@ class Engine:
         self.fleet.put(server)
         return server
 
-    def _breaker(
-        self, job: Job, fact: Accepted | Rejected | NotSent | SubmitUnknown, now_s: float, u: float
-    ) -> None:
-        """Leave a server that turns submissions away alone for a while; no job is to blame."""
-        server = self.fleet.of(job.row)
-        if server is None or fact.token.attempt != job.row.attempt:
-            return
-        if isinstance(fact, Accepted | Rejected):
-            self._set(server.name, failures=0, closed_until_s=0.0)
-            return
-        failures = server.failures + 1
-        policy = self.policy
-        delay_s = exponential_s(failures, policy.retry_first_s, policy.retry_max_s, u=u)
-        if isinstance(fact, NotSent) and fact.retry_after_s is not None:
-            delay_s = max(delay_s, min(fact.retry_after_s, policy.abandon_after_s))
-        self._set(server.name, failures=failures, closed_until_s=now_s + delay_s)
-
-    def _server_news(
-        self,
-        fact: Connected | Disconnected | StalledPublisher | QueueSeen | QueueLooked | Health,
-        now_s: float,
-        u: float,
-    ) -> None:
-        server = self.servers.get(fact.server)
-        if server is None:
+    def _server_news(self, fact: ServerNews, now_s: float, u: float) -> None:
+        if fact.server not in self.servers:
             self._drop("unknown_server")
             return
-        here = [self.jobs[job_id] for job_id in self.on_server[fact.server]]
-        match fact:
-            case Connected():
-                self._set(
-                    fact.server,
-                    client_id=fact.client_id,
-                    run_average_s=None,
-                    failures=0,
-                    closed_until_s=0.0,
-                )
-                self.fleet.look_again(fact.server, now_s)
-                for job in here:  # the sweep: nothing is ever replayed to a new connection
-                    self._step(job, Doubted(), now_s, u)
-            case Disconnected():
-                if server.client_id is not None:
-                    grace_s = self.policy.listen_grace_s
-                    self._set(fact.server, client_id=None, listen_by_s=now_s + grace_s)
-                if fact.cause != "deaf":  # so a restart looks
-                    self.fleet.put(self.servers[fact.server].renewed())
-                cause = "deaf" if fact.cause == "deaf" else "disconnected"
-                alone = sum(not job.live.ended for job in here) == 1
-                for job in here:
-                    if job.live.orphan == "":
-                        suspect = alone and not job.live.ended
-                        self._step(job, Orphaned(cause, suspect), now_s, u)
-            case StalledPublisher():
-                self._set(fact.server, stalled=fact.stalled)
-                for job in here if fact.stalled else []:
-                    self._step(job, Orphaned("deaf"), now_s, u)
-            case QueueSeen():
-                self._set(fact.server, remaining=fact.remaining)
-                for job in here if fact.remaining == 0 else []:
-                    # The end signal follows this message; look only if it does not.
-                    within_s = self.policy.ending_grace_s
-                    self._step(job, Doubted(within_s), now_s, u)
-            case QueueLooked():
-                policy = self.policy
-                looked = server.looked_at(fact.running, fact.pending, policy, now_s=now_s)
-                self.fleet.put(looked)
-            case Health():
-                server = self._set(fact.server, up=fact.ok, refusal=fact.refusal)
-                if not fact.ok:
-                    self.fleet.put(server.at_work())  # whatever comes back is asked anew
-
-    def _ran(self, row: Row) -> None:
-        """A prompt succeeded: how long it took, and that its server is well."""
-        server = self.fleet.of(row)
-        if server is None or row.started_at is None or row.ended_at is None:
-            return
-        run_s = row.ended_at - row.started_at
-        average_s = server.run_average_s
-        mixed_s = run_s if average_s is None else 0.8 * average_s + 0.2 * run_s
-        self.fleet.put(replace(server, run_average_s=mixed_s, strikes=()))
-
-    def _blame(self, job: JobId, note: Note) -> None:
-        """A failure that may be a server's fault, or that has turned out to be the job's."""
-        if note.data["blame"] == "job":
-            for server in list(self.servers.values()):
-                self.fleet.put(server.cleared_of(job))
-        elif (blamed := self.servers.get(ServerName(note.server or ""))) is not None:
-            self.fleet.put(blamed.struck(job, card=note.data["blame"] == "card"))
+        for job, told in heed(self.fleet, self.jobs, fact, now_s=now_s):
+            self._step(job, told, now_s, u)
 
     def _space(self, fact: SpaceSeen, now_s: float, u: float) -> None:
         was, self.space = self.space, fact.enough
@@ -814,30 +544,17 @@ class Engine:
                 self._step(job, Doubted(), now_s, u)
 
     def _tick(self, now_s: float, u: float) -> None:
-        due = []
-        while self._due and self._due[0][0] <= now_s:
-            due_s, job_id = heapq.heappop(self._due)
-            if self._wakes.get(job_id) == due_s:
-                del self._wakes[job_id]
-                due.append(job_id)
-        for job_id in due:
+        for job_id in self._wakes.take(now_s):
             job = self.jobs.get(job_id)
             if job is None:
                 continue
-            if wake_s(job, self.policy) <= now_s:
+            if self._wakes.is_due(job, now_s):
                 self._step(job, Due(), now_s, u)
-            self._wake(self.jobs[job_id])
+            self._wakes.keep(self.jobs[job_id])
 
 
 def _about(fence: Fence, kind: Literal["fenced", "unfenced"]) -> Note:
     return Note(kind, fence.job, fence.server, prompt=fence.prompt_id)
-
-
-def submission_order(row: Row) -> tuple[float, float, int]:
-    """The order in which a server runs what we sent it: by its number, or by when we sent it."""
-    number = math.inf if row.number is None else row.number
-    submitted_s = math.inf if row.submitted_at is None else row.submitted_at
-    return number, submitted_s, row.seq
 
 
 def _bump(row: Row, expected: int) -> Row:

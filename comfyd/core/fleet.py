@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from comfyd.core import verdicts
+from comfyd.core.facts import Accepted, NotSent, Rejected, SubmitUnknown
 from comfyd.core.fencing import Watch
 from comfyd.core.model import Fence, JobId, PromptId, Reason, Row, ServerName, State
-from comfyd.core.policy import Policy, has_lasted
+from comfyd.core.notes import Note
+from comfyd.core.policy import Policy, exponential_s, has_lasted
 from comfyd.core.server import Server
 
 
@@ -105,6 +107,48 @@ class Fleet:
             )
             if fit != (server.unfit_since_s is None):
                 self.put(replace(server, unfit_since_s=None if fit else now_s))
+
+    # --- what came of jobs there -----------------------------------------------------------------
+
+    def answered(
+        self,
+        row: Row,
+        fact: Accepted | Rejected | NotSent | SubmitUnknown,
+        *,
+        now_s: float,
+        u: float,
+    ) -> None:
+        """Leave a server that turns submissions away alone for a while; no job is to blame."""
+        server = self.of(row)
+        if server is None or fact.token.attempt != row.attempt:
+            return
+        if isinstance(fact, Accepted | Rejected):
+            self.put(replace(server, failures=0, closed_until_s=0.0))
+            return
+        failures = server.failures + 1
+        policy = self.policy
+        delay_s = exponential_s(failures, policy.retry_first_s, policy.retry_max_s, u=u)
+        if isinstance(fact, NotSent) and fact.retry_after_s is not None:
+            delay_s = max(delay_s, min(fact.retry_after_s, policy.abandon_after_s))
+        self.put(replace(server, failures=failures, closed_until_s=now_s + delay_s))
+
+    def succeeded(self, row: Row) -> None:
+        """A prompt succeeded: how long it took, and that its server is well."""
+        server = self.of(row)
+        if server is None or row.started_at is None or row.ended_at is None:
+            return
+        run_s = row.ended_at - row.started_at
+        average_s = server.run_average_s
+        mixed_s = run_s if average_s is None else 0.8 * average_s + 0.2 * run_s
+        self.put(replace(server, run_average_s=mixed_s, strikes=()))
+
+    def blame(self, job: JobId, note: Note) -> None:
+        """A failure that may be a server's fault, or that has turned out to be the job's."""
+        if note.data["blame"] == "job":
+            for server in list(self.servers.values()):
+                self.put(server.cleared_of(job))
+        elif (blamed := self.servers.get(ServerName(note.server or ""))) is not None:
+            self.put(blamed.struck(job, card=note.data["blame"] == "card"))
 
     # --- what is so ------------------------------------------------------------------------------
 

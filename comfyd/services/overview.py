@@ -12,11 +12,12 @@ from typing import Final
 
 import trio
 
-from comfyd.core.engine import Engine, submission_order
+from comfyd.core.engine import Engine
 from comfyd.core.job import Job, durations_s, is_stale
 from comfyd.core.model import JobId, PromptId, Row, ServerName, State
 from comfyd.core.notes import Note
 from comfyd.core.pace import RUNS, Forecast, Lane, Pace, forecast
+from comfyd.core.placing import submission_order
 from comfyd.core.present import shown_counts, shown_state
 from comfyd.core.progress import Progress
 from comfyd.core.server import Server as EngineServer

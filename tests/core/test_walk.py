@@ -14,8 +14,7 @@ from itertools import islice
 
 import pytest
 
-from comfyd.core import engine as engines
-from comfyd.core import facts, orders, submitted
+from comfyd.core import facts, orders, submitted, wakes
 from comfyd.core.fleet import Fleet
 from comfyd.core.job import Job, deadline
 from tests.core.explorer import POLICY, Scene, World
@@ -150,7 +149,7 @@ def test_every_job_ends_exactly_once(seed):
     [
         (submitted, "given_up", lambda row: row.abandoned, "an older attempt is alive"),
         (Fleet, "watch", lambda fleet, fence: None, "may still run"),
-        (engines, "wake_s", lambda job, policy: math.inf, "never ends|not every job has ended"),
+        (wakes, "wake_s", lambda job, policy: math.inf, "never ends|not every job has ended"),
     ],
     ids=["given up in silence", "a fence that nobody heeds", "nobody is ever woken"],
 )
