@@ -93,13 +93,14 @@ class MemoryStore:
         newest, whole, _ = self._events[-1]
 
         def goes(number: int, upto: int, event: Event) -> bool:
+            before = upto - event_bytes(event, msgspec.json.encode(event.data))
             row = self.rows_by_job.get(event.job)
             if row is not None and not (row.state.final and row.retired):
                 return False
             return (
                 (bounds.age_s is not None and event.at < now_s - bounds.age_s)
                 or (bounds.count is not None and number <= newest - bounds.count)
-                or (bounds.bytes is not None and upto <= whole - bounds.bytes)
+                or (bounds.bytes is not None and before < whole - bounds.bytes)
             )
 
         gone = [each for each in looked if goes(*each)]

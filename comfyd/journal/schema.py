@@ -174,7 +174,8 @@ COUNT: Final = """
 # The story of a job that goes on is kept, whatever its age.
 _OUT_OF_BOUNDS: Final = """
   FROM events WHERE id > :after AND id <= :last
-  AND (at < :before OR id <= :to_id OR coalesce(upto, 0) <= :to_bytes)
+  AND (at < :before OR id <= :to_id
+       OR coalesce(upto - length(job) - length(kind) - length(data), -1) < :to_bytes)
   AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.job = events.job
                   AND NOT (retired AND state IN ('done', 'failed', 'cancelled')))
 """

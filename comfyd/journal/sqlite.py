@@ -225,7 +225,7 @@ class SqliteStore:
             "last": last,
             "before": -math.inf if bounds.age_s is None else now_s - bounds.age_s,
             "to_id": -1 if bounds.count is None else newest - bounds.count,
-            "to_bytes": -1 if bounds.bytes is None else upto - bounds.bytes,
+            "to_bytes": -math.inf if bounds.bytes is None else upto - bounds.bytes,
         }
         if dry:
             with self._translated():
