@@ -31,6 +31,7 @@ from comfyd.core.facts import (
     Fenced,
     Fetched,
     ForgetAsked,
+    Forgotten,
     Health,
     Hint,
     LateSuccess,
@@ -233,6 +234,8 @@ class Engine:
                 self._tick(now_s, u)
             case SpaceSeen():
                 self._space(fact, now_s, u)
+            case Forgotten():
+                self.counts.subtract(fact.states)
             case Fenced():
                 self._fenced(fact, now_s, u)
             case PauseAsked() | DrainAsked() | ResumeAsked() | ForgetAsked():

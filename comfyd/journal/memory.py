@@ -32,6 +32,7 @@ from comfyd.journal.store import (
     event_bytes,
     may_forget,
     may_replace,
+    out_of,
     prompt_ids,
 )
 
@@ -93,21 +94,22 @@ class MemoryStore:
         newest, whole, _ = self._events[-1]
 
         def goes(number: int, upto: int, event: Event) -> bool:
-            before = upto - event_bytes(event, msgspec.json.encode(event.data))
             row = self.rows_by_job.get(event.job)
             if row is not None and not (row.state.final and row.retired):
                 return False
-            return (
-                (bounds.age_s is not None and event.at < now_s - bounds.age_s)
-                or (bounds.count is not None and number <= newest - bounds.count)
-                or (bounds.bytes is not None and before < whole - bounds.bytes)
-            )
+            return out(number, upto, event)
+
+        def out(number: int, upto: int, event: Event) -> bool:
+            before = upto - event_bytes(event, msgspec.json.encode(event.data))
+            newer = newest - number
+            return out_of(bounds, now_s, at=event.at, newer=newer, bytes_from=whole - before)
 
         gone = [each for each in looked if goes(*each)]
         if not dry:
             self._events = [each for each in self._events if each not in gone]
         last = looked[-1][0]
-        return Pruned(forgotten=len(gone), next=None if last == newest else last)
+        more = out(*looked[-1]) and last != newest
+        return Pruned(forgotten=len(gone), next=last if more else None)
 
     def copy_to(self, target: Path, pause: Callable[[], object]) -> None:
         raise NotImplementedError("a store in memory has no file to copy")

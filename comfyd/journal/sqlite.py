@@ -46,6 +46,7 @@ from comfyd.journal.store import (
     event_bytes,
     may_forget,
     may_replace,
+    out_of,
     prompt_ids,
 )
 
@@ -216,9 +217,10 @@ class SqliteStore:
     def prune_events(
         self, bounds: Bounds, now_s: float, *, after: int = 0, limit: int = 1000, dry: bool = False
     ) -> Pruned:
-        [(last,)] = self._fetch(schema.LAST_LOOKED, after, limit)
-        if last is None:
+        looked = self._fetch(schema.LAST_LOOKED, after, limit)
+        if not looked:
             return Pruned()
+        [(last, at, before)] = looked
         [(newest, upto)] = self._fetch(schema.LAST_EVENT)
         values = {
             "after": after,
@@ -233,7 +235,8 @@ class SqliteStore:
         else:
             with self._transaction():
                 forgotten = self._db.execute(schema.PRUNE, values).rowcount
-        return Pruned(forgotten=forgotten, next=None if last == newest else last)
+        more = out_of(bounds, now_s, at=at, newer=newest - last, bytes_from=upto - before)
+        return Pruned(forgotten=forgotten, next=last if more and last != newest else None)
 
     def active(self) -> tuple[Row, ...]:
         return self._rows(schema.ACTIVE)

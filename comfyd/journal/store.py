@@ -140,7 +140,8 @@ class Batch(Value, frozen=True):
 
 
 class Pruned(Value, frozen=True):
-    """Attributes: *forgotten* is how many events were; *next* where to go on, None at the end."""
+    """Attributes: *forgotten* is how many events were; *next* where to go on, None if no more can
+    be out of bounds, as far as the times of events follow their order."""
 
     forgotten: int = 0
     next: int | None = None
@@ -331,6 +332,21 @@ def may_forget(row: Row | None, version: int) -> bool:
 def event_bytes(event: Event, data: bytes) -> int:
     """The size of *event* as far as bounds go; *data* is its data as stored."""
     return len(event.job) + len(event.kind) + len(data)
+
+
+def out_of(bounds: Bounds, now_s: float, *, at: float, newer: int, bytes_from: int) -> bool:
+    """Whether an event is out of *bounds*.
+
+    Args:
+      newer: How many are newer, at most.
+      bytes_from: The size of it and all that are newer.
+
+    """
+    return (
+        (bounds.age_s is not None and at < now_s - bounds.age_s)
+        or (bounds.count is not None and newer >= bounds.count)
+        or (bounds.bytes is not None and bytes_from > bounds.bytes)
+    )
 
 
 def prompt_ids(row: Row) -> frozenset[str]:
