@@ -27,6 +27,10 @@ _COMMANDS: Final = {
     "check": ("jobs", "check"),
     **dict.fromkeys(("cancel", "retry", "hold", "release"), ("verbs", "jobs")),
     **dict.fromkeys(("pause", "resume", "drain", "forget"), ("verbs", "servers")),
+    "gc": ("upkeep", "gc"),
+    "snapshot": ("upkeep", "snapshot"),
+    "doctor": ("doctor", "main"),
+    "completion": ("completion", "main"),
     "check-config": ("checkconfig", "main"),
     "simulate": ("simulate", "main"),
 }

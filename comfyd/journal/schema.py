@@ -232,7 +232,8 @@ PAST: Final = """
 """
 LAST_LOOKED: Final = """
   SELECT id, at, coalesce(upto - length(job) - length(kind) - length(data), -1)
-  FROM (SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?) ORDER BY id DESC LIMIT 1
+  FROM events
+  WHERE id = (SELECT max(id) FROM (SELECT id FROM events WHERE id > ? ORDER BY id LIMIT ?))
 """
 LAST_EVENT: Final = "SELECT id, coalesce(upto, 0) FROM events ORDER BY id DESC LIMIT 1"
 EVENTS: Final = "SELECT at, kind, data FROM events WHERE job = ? ORDER BY id"

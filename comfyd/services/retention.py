@@ -18,7 +18,7 @@ from comfyd.core.facts import Forgotten
 from comfyd.core.model import JobId, Row
 from comfyd.core.retention import FORGOTTEN, Bounds, Kept, Place
 from comfyd.errors import DiskFull
-from comfyd.journal.store import Batch, Drop, Forget, Remember
+from comfyd.journal.store import Batch, Change, Drop, Forget, Remember
 from comfyd.journal.thread import Journal
 from comfyd.services.clock import Clock
 from comfyd.spool import removal
@@ -251,7 +251,7 @@ class Retention:
             going = await trio.to_thread.run_sync(_not_lying, self._spool, free)
             if going:
                 until_s = core.forgotten_until(self._until_s, (row.job for row in going))
-                changes = (
+                changes: tuple[Change, ...] = (
                     Remember(name=FORGOTTEN, value=until_s),
                     *(Forget(job=row.job, version=row.version) for row in going),
                 )

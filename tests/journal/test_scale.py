@@ -8,7 +8,7 @@ from comfyd.core.model import JobId, Row, State
 from comfyd.core.retention import Kept, Place
 from comfyd.journal import schema
 from comfyd.journal.sqlite import SqliteStore
-from comfyd.journal.store import Batch, Event, Insert, Keep
+from comfyd.journal.store import Batch, Change, Event, Insert, Keep
 
 QUESTIONS = {
     "candidates": (schema.CANDIDATES, (50.0, 100)),
@@ -59,7 +59,10 @@ def journal_of(path, jobs):
     ]
     kept = [Kept(job=row.job, place=Place.DONE, at=float(row.seq), bytes=1) for row in rows]
     told = [Event(job=row.job, at=float(row.seq), kind="claimed") for row in rows]
-    changes = (*(Insert(row=row) for row in rows), *(Keep(kept=each) for each in kept))
+    changes: tuple[Change, ...] = (
+        *(Insert(row=row) for row in rows),
+        *(Keep(kept=each) for each in kept),
+    )
     store.commit(Batch(changes=changes, events=tuple(told)))
     assert store.counts()[State.QUEUED] == jobs - 2
     store.close()
