@@ -121,7 +121,7 @@ exit codes: 0 it is there, 1 it cannot be made, 64 usage, 69 the daemon does not
 """
 
 _DOCTOR: Final = """\
-Looks at the configuration, folders and their rights, the file systems, the servers and their clocks,
+Looks at the configuration, folders and their rights, file systems, servers and their clocks,
 limits and free space, with the daemon running or not. It changes nothing.
 exit codes: 0 nothing is wrong (there may be warnings), 1 something is
 """
