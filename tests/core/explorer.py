@@ -111,6 +111,7 @@ class World:
         self.ghosts: tuple[tuple[Row, float], ...] = ()  # POSTs of a dead daemon, until when
         self.claimed, self.stage, self.there = frozenset(jobs), frozenset[str](), frozenset[str]()
         self.delivered, self.runs = Counter[str](), Counter[str]()
+        self.forgotten = frozenset[str]()  # by retention: over, and taken away
 
     def fork(self) -> World:
         new = copy.copy(self)
@@ -268,6 +269,12 @@ class World:
                 self.end(name, End.INTERRUPTED)
         return self.sims[name].presence(pid)
 
+    def forget(self, name: str) -> None:
+        """Retention: the row of a job that is over, and whose result is gone, goes."""
+        row = self.store.pop(name)
+        self.forgotten |= {name}
+        self.tell(facts.Forgotten(states=(row.state,)))
+
     def rename(self, job: str) -> None:
         assert self.store[job].state is State.PUBLISHING, "rename without its commit"
         if job in self.stage:  # else it was published before, and a consumer may have it
@@ -305,13 +312,19 @@ class World:
                     queue_by=None if late_s is None else self.now_s + late_s,
                     timeouts=Timeouts(run_s=scene.run_s, stall_s=scene.stall_s),
                 )
-                if name not in self.store and len(self.store) == seq:  # in their order
+                known = len(self.store) + len(self.forgotten)
+                if name in self.forgotten:
+                    asked = facts.CancelAsked(job=row.job)
+                    yield f"cancel {name}", lambda w: w.tell(asked), "cancel"
+                elif name not in self.store and known == seq:  # in their order
                     yield f"claim {name}", lambda w: w.tell(facts.Claimed(row=row)), None
                 elif name in self.store:
                     asked = facts.CancelAsked(job=row.job)
                     yield f"cancel {name}", lambda w: w.tell(asked), "cancel"
                     hold = facts.HoldAsked(job=row.job, reason="asked")
                     yield f"hold {name}", lambda w: w.tell(hold), "hold"
+                    if self.store[name].retired and name not in self.fenced():
+                        yield f"forget {name}", lambda w: w.forget(name), "retention"
                     if self.store[name].state is State.HELD:
                         release = facts.ReleaseAsked(job=row.job)
                         yield f"release {name}", lambda w: w.tell(release), None
@@ -373,18 +386,29 @@ class World:
 
     def shown(self) -> frozenset[str]:
         """What a consumer may take while it still matters: until the publication is committed."""
-        return frozenset(n for n in self.there if self.store[n].state is State.PUBLISHING)
+        rows = {name: self.store[name] for name in self.there if name in self.store}
+        return frozenset(name for name in rows if rows[name].state is State.PUBLISHING)
+
+    def fenced(self) -> set[str]:
+        return {fence.job for fence in self.fences.values()}
 
     def finished(self) -> bool:
-        return not self.claimed and all(self.store[name].state.final for name in self.names)
+        return not self.claimed and all(map(self.over, self.names))
+
+    def over(self, name: str) -> bool:
+        return name in self.forgotten or (name in self.store and self.store[name].state.final)
 
     def check(self) -> None:
         for name in self.names:
-            final = name in self.store and self.store[name].state.final
+            final = self.over(name)
+            assert name not in self.forgotten or name not in self.store, f"{name} came back"
             assert self.delivered[name] <= 1, f"{name} was delivered twice"
             assert final or name in self.claimed, f"the claimed file of {name} is gone"
             assert self.delivered[name] or not final, f"{name} is final but not delivered"
         assert all(count <= 1 for count in self.runs.values()), "a prompt ran twice"
+        if self.engine is not None:
+            states = Counter(row.state for row in self.store.values())
+            assert +self.engine.counts == states, "counted wrong"
 
     def key(self) -> tuple[object, ...]:
         """The state as the rules see it: times by how far off they are, and no further back."""
@@ -428,6 +452,7 @@ class World:
                 tuple((name, row(r)) for name, r in sorted(self.store.items())),
                 tuple((g.prompt_id, off(until_s)) for g, until_s in self.ghosts),
                 frozenset((h.prompt_id, h.sign) for h in self.wire), self.claimed, self.stage,
+                self.forgotten,
                 tuple((type(a), token(a)) for a in self.echo), self.shown(),
                 tuple(sorted(self.delivered.items())))
 
