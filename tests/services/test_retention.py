@@ -21,6 +21,7 @@ from comfyd.services import retention as service
 from comfyd.services.clock import Clock
 from comfyd.services.retention import Retention
 from comfyd.spool.layout import Spool, new_ulid
+from tests.endtoend.waiting import until
 
 NOW_S = 1_900_000_000.0
 DAY_S = 86400.0
@@ -226,7 +227,6 @@ async def test_it_works_by_itself_and_a_full_disk_is_no_end(
     async with rig.keeping(Bounds(count=0)) as keeper, trio.open_nursery() as nursery:
         nursery.start_soon(keeper.run)
         with trio.fail_after(10):
-            while rig.store.tally(Place.DONE).count:
-                await trio.sleep(0.01)
+            await until(lambda: not rig.store.tally(Place.DONE).count)
         nursery.cancel_scope.cancel()
     assert (refusals, rig.left()) == (0, set())
