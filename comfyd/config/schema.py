@@ -213,6 +213,8 @@ class Server:
       headers: Sent with every request.
       ca_file: Trust only the authorities in this file; None is the system's.
       insecure: Plain http to a host that is not loopback was asked for.
+      restart_unit: The systemd unit to restart when the server is wedged; None: none.
+      restart_interval_s: Not more often than once in so long.
 
     """
 
@@ -222,6 +224,8 @@ class Server:
     headers: Mapping[str, Secret] = setting(server_values.headers, factory=_no_headers)
     ca_file: Path | None = setting(values.optional(values.existing_file), None)
     insecure: bool = setting(values.boolean, False)
+    restart_unit: str | None = setting(values.optional(server_values.unit), None)
+    restart_interval_s: float = seconds(1800.0)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Settings that do not go together, as (key, problem)."""
