@@ -186,7 +186,12 @@ async def _run(
     names = [ServerName(server.name) for server in config.servers]
     engine = Engine(
         [
-            EngineServer(name=ServerName(s.name), origin=s.url, window=s.window)
+            EngineServer(
+                name=ServerName(s.name),
+                origin=s.url,
+                window=s.window,
+                restart_every_s=s.restart_interval_s if s.restart_unit else None,
+            )
             for s in config.servers
         ],
         policy_of(config),

@@ -82,8 +82,8 @@ def everything(config: Config) -> Iterator[Finding]:
     yield from daemon
     yield from _checked("spool", lambda: _spool(config, running=status is not None))
     yield from _checked("state", lambda: _state(config, running=status is not None))
-    for subject, folder in (("spool", config.spool), ("state", config.state)):
-        yield from _checked(subject, lambda s=subject, f=folder: _file_system(config, s, f))
+    yield from _checked("spool disk", lambda: _file_system(config, "spool disk", config.spool))
+    yield from _checked("state disk", lambda: _file_system(config, "state disk", config.state))
     yield from _checked("events", lambda: _events(config))
     yield from _checked("workflows", lambda: _workflows(config))
     if status is None:
@@ -205,7 +205,8 @@ def _spool(config: Config, *, running: bool) -> Iterator[Finding]:
     try:
         spool.try_moves()
     except ConfigError as error:
-        yield problem(subject, f"{error.problem.partition('; run: ')[0]}.", _run_of(error.problem))
+        what = error.problem.removeprefix("the spool cannot be used: ")
+        yield problem(subject, f"{what.partition('; run: ')[0]}.", _run_of(what))
     except OSError as error:
         one = "All of it must lie on one file system." if error.errno == errno.EXDEV else ""
         full = "Make room." if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
@@ -276,7 +277,6 @@ def _user(uid: int) -> str:
 
 
 def _file_system(config: Config, subject: str, folder: Path) -> Iterator[Finding]:
-    subject = f"{subject} disk"
     while not folder.exists():
         folder = folder.parent
     kind, found = file_system_of(folder), os.statvfs(folder)

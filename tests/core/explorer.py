@@ -78,6 +78,8 @@ class Scene:
       down: Servers that come up later.
       busy: Servers where somebody else's prompt runs; for ever, if it is *endless*.
       queue_s, run_s, stall_s: The jobs' deadlines, if they have any.
+      restart_every_s: How often a wedged server may be restarted; a dead one then never revives by
+        itself.
 
     """
 
@@ -88,6 +90,7 @@ class Scene:
     queue_s: float | None = None
     run_s: float | None = None
     stall_s: float | None = None
+    restart_every_s: float | None = None
 
 
 PLAIN = Scene()
@@ -111,11 +114,21 @@ class World:
         self.ghosts: tuple[tuple[Row, float], ...] = ()  # POSTs of a dead daemon, until when
         self.claimed, self.stage, self.there = frozenset(jobs), frozenset[str](), frozenset[str]()
         self.delivered, self.runs = Counter[str](), Counter[str]()
+        self.restarted: dict[str, float] = {}
         self.forgotten = frozenset[str]()  # by retention: over, and taken away
 
     def fork(self) -> World:
         new = copy.copy(self)
-        for name in ("sims", "budget", "store", "fences", "settings", "delivered", "runs"):
+        for name in (
+            "sims",
+            "budget",
+            "store",
+            "fences",
+            "settings",
+            "delivered",
+            "runs",
+            "restarted",
+        ):
             setattr(new, name, copy.copy(getattr(self, name)))
         new.engine = self.engine and self.engine.fork()
         return new
@@ -124,7 +137,11 @@ class World:
 
     def start(self) -> None:
         window = self.scene.window
-        servers = [Server(name=ServerName(n), origin=n, window=window) for n in self.sims]
+        every_s = self.scene.restart_every_s
+        servers = [
+            Server(name=ServerName(n), origin=n, window=window, restart_every_s=every_s)
+            for n in self.sims
+        ]
         self.engine = engines.Engine(servers, POLICY, Counter(r.state for r in self.store.values()))
         idle = {State.QUEUED, State.HELD}
         rows = [r for r in self.store.values() if r.state not in idle and not r.retired]
@@ -250,6 +267,11 @@ class World:
             self.tell(facts.Disconnected(server=ServerName(name), cause="closed"))
             self.connect(name)
 
+    def obey(self, name: str) -> None:
+        """The unit is restarted, as ordered."""
+        self.restarted[name] = self.now_s
+        self.restart(name)
+
     def post(self, row: Row) -> None:
         now = self.store[row.job]
         intended = now.state is State.SUBMITTING and now.prompt_id == row.prompt_id
@@ -298,6 +320,14 @@ class World:
             local = [item for item in self.work if isinstance(item[1], LOCAL)][:1]
             for item in local or self.work:
                 rest = tuple(other for other in self.work if other is not item)
+                if isinstance(item[1], orders.Restart):
+                    name = item[1].server
+                    at_s = self.restarted.get(name, -math.inf)
+                    again_s = at_s + (self.scene.restart_every_s or math.inf)
+                    assert self.now_s >= again_s or at_s == -math.inf, "restarted too often"
+                    done = lambda w: (setattr(w, "work", rest), w.obey(name))  # noqa: E731
+                    yield f"restart {name}", done, None
+                    continue
                 about = item[1].fence if isinstance(item[1], orders.Fence) else item[1].row
                 hung = about.server is not None and self.sims[about.server].hung
                 for label, act, cost in (into_the_void if hung else carry_out)(*item):
@@ -359,6 +389,8 @@ class World:
         for name, sim in self.sims.items():
             if sim.hung:
                 yield f"{name} wakes", lambda w: w.wake(name), None
+                continue
+            if sim.dead and self.scene.restart_every_s is not None and self.engine is not None:
                 continue
             if sim.dead:
                 yield f"{name} revives", lambda w: w.restart(name), None
@@ -426,6 +458,8 @@ class World:
         def token(o: Any) -> tuple[object, ...]:
             if isinstance(o, orders.Fence):
                 return (o.fence.prompt_id,)
+            if isinstance(o, orders.Restart):
+                return (o.server,)
             t: facts.Token = o.token
             job = self.engine and self.engine.jobs.get(t.job)
             return (t.job, t.attempt, job and min(job.live.seq - t.seq, 2))
@@ -439,7 +473,8 @@ class World:
             for v in [job.live]]
         servers = [
             (s.client_id, s.failures, off(s.closed_until_s), off(s.listen_by_s), s.up, s.draining,
-             s.wedged, off(s.idle_since_s, 2), off(s.unfit_since_s, 4), s.strikes)
+             s.wedged, off(s.idle_since_s, 2), off(s.unfit_since_s, 4), s.strikes,
+             off(s.restart_s) if s.restart_every_s is not None else None)
             for s in (self.engine.servers.values() if self.engine else ())]
         watches = [
             (w.fence.prompt_id, w.asked, off(w.look_s), off(w.absent_s, 2), off(w.alive_s, 1),
@@ -448,7 +483,7 @@ class World:
         work = sorted((at, type(o).__name__, token(o), str(q)) for at, o, q in self.work)
         return (tuple(memory), tuple(servers), tuple(watches), tuple(work), self.faults,
                 tuple(self.sims.values()), self.engine and self.engine.space, tuple(self.fences),
-                str(self.settings),
+                str({name: value for name, value in self.settings.items() if name != "restarted"}),
                 tuple((name, row(r)) for name, r in sorted(self.store.items())),
                 tuple((g.prompt_id, off(until_s)) for g, until_s in self.ghosts),
                 frozenset((h.prompt_id, h.sign) for h in self.wire), self.claimed, self.stage,
