@@ -119,17 +119,9 @@ class World:
 
     def fork(self) -> World:
         new = copy.copy(self)
-        for name in (
-            "sims",
-            "budget",
-            "store",
-            "fences",
-            "settings",
-            "delivered",
-            "runs",
-            "restarted",
-        ):
+        for name in ("sims", "budget", "store", "fences", "settings", "delivered", "runs"):
             setattr(new, name, copy.copy(getattr(self, name)))
+        new.restarted = dict(self.restarted)
         new.engine = self.engine and self.engine.fork()
         return new
 
@@ -484,6 +476,9 @@ class World:
         return (tuple(memory), tuple(servers), tuple(watches), tuple(work), self.faults,
                 tuple(self.sims.values()), self.engine and self.engine.space, tuple(self.fences),
                 str({name: value for name, value in self.settings.items() if name != "restarted"}),
+                tuple((name, off(at_s, self.scene.restart_every_s or 0.0)) for times in
+                      (self.settings.get("restarted", {}), self.restarted)
+                      for name, at_s in sorted(times.items())),
                 tuple((name, row(r)) for name, r in sorted(self.store.items())),
                 tuple((g.prompt_id, off(until_s)) for g, until_s in self.ghosts),
                 frozenset((h.prompt_id, h.sign) for h in self.wire), self.claimed, self.stage,

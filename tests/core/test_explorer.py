@@ -32,9 +32,9 @@ WORLDS = {
     "wishes": ("S", {"hold": 1, "cancel": 1, "crash": 1}, 2, Scene(down="S", queue_s=2)),
     "wishes about servers": ("ST", {"drain": 2, "crash": 1}, 2, PLAIN),
     "disks": ("S", {"full": 1, "disk": 1, "conflict": 1, "crash": 1}, 2, PLAIN),
-    "a worker dies, and its server is restarted": (
-        "ST",
-        {"zombie": 1, "crash": 1, "stubborn": 1},
+    "a dead worker's server is restarted": (
+        "S",
+        {"zombie": 1, "crash": 1},
         2,
         Scene(restart_every_s=3.0),
     ),
