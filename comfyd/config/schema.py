@@ -22,6 +22,7 @@ from comfyd.config.section import read_section, reader_of, seconds, section, set
 from comfyd.config.server import Secret
 from comfyd.config.values import Context, Failed, Refused, attempt
 
+_RESTART_MIN_S: Final = 180.0  # longer than services.unit waits for one restart
 _SERVER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 
@@ -232,6 +233,8 @@ class Server:
         plain = self.url.startswith("http:")
         if plain and not self.insecure and not server_values.is_loopback(self.host):
             yield "url", "sends everything in clear text; use https, or say insecure: true"
+        if self.restart_interval_s < _RESTART_MIN_S:
+            yield "restart_interval", "must be at least 3m: one restart may take so long"
         if plain and self.ca_file is not None:
             yield "ca_file", "has no effect with http"
         if not plain and self.insecure:

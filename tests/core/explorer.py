@@ -78,8 +78,8 @@ class Scene:
       down: Servers that come up later.
       busy: Servers where somebody else's prompt runs; for ever, if it is *endless*.
       queue_s, run_s, stall_s: The jobs' deadlines, if they have any.
-      restart_every_s: How often a wedged server may be restarted; a dead one then never revives by
-        itself.
+      restart_every_s: How often a wedged server may be restarted; where prompts wait, a dead one
+        then never revives by itself.
 
     """
 
@@ -356,7 +356,9 @@ class World:
             for fact in self.echo:
                 yield "echo", lambda w: (setattr(w, "echo", ()), w.tell(fact)), "echo"
             deadline_s = self.engine.next_deadline_s()
-            if deadline_s < float("inf"):
+            # A restart ends before its server may be restarted again (services/unit.py).
+            restarting = any(isinstance(item[1], orders.Restart) for item in self.work)
+            if deadline_s < float("inf") and not restarting:
                 yield "tick", lambda w: w.tick(deadline_s), None
             if self.engine.space:
                 yield "full", lambda w: w.tell(facts.SpaceSeen(enough=False)), "full"
@@ -382,8 +384,9 @@ class World:
             if sim.hung:
                 yield f"{name} wakes", lambda w: w.wake(name), None
                 continue
-            if sim.dead and self.scene.restart_every_s is not None and self.engine is not None:
-                continue
+            restarted = self.scene.restart_every_s is not None and self.engine is not None
+            if sim.dead and sim.pending and sim.running is None and restarted:
+                continue  # that is for us to find out and to mend
             if sim.dead:
                 yield f"{name} revives", lambda w: w.restart(name), None
                 continue
