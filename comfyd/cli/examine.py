@@ -203,6 +203,7 @@ def _spool(config: Config, *, running: bool) -> Iterator[Finding]:
         )
         return
     try:
+        spool.check_private()
         spool.try_moves()
     except ConfigError as error:
         what = error.problem.removeprefix("the spool cannot be used: ")

@@ -103,6 +103,18 @@ class Spool:
         if not mode & stat.S_IWGRP:
             _check_private(path)
 
+    def check_private(self) -> None:
+        """See to it that nobody else may write where only the daemon should.
+
+        Raises:
+          ConfigError: Somebody may; says where and what to do.
+
+        """
+        _check_private(self.root)
+        for name, mode in MODES.items():
+            if not mode & stat.S_IWGRP:
+                _check_private(self.root / name)
+
     def try_moves(self) -> None:
         """Take every way a job can take; done/ and failed/ backwards, so no consumer wakes up.
 

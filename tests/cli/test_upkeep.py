@@ -7,7 +7,9 @@ import os
 import socket
 import sqlite3
 import stat
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -175,13 +177,12 @@ async def test_doctor_compares_clocks_and_versions(
         site.config.write_text(
             site.config.read_text() + f"servers: [{{name: sim, url: '{simulator.url}'}}]\n"
         )
-        real = examine.time.time
-        monkeypatch.setattr(examine.time, "time", lambda: real() + 90)
+        monkeypatch.setattr(examine, "time", SimpleNamespace(time=lambda: time.time() + 90))
         _, out, _ = await call(site, "doctor", "--json")
         [_, (level, what, _)] = findings(out)["server sim"]
         assert level == "warning"
         assert "behind ours" in what
-        monkeypatch.setattr(examine.time, "time", lambda: real() - 90)
+        monkeypatch.setattr(examine, "time", SimpleNamespace(time=lambda: time.time() - 90))
         _, out, _ = await call(site, "doctor", "--json")
         assert "ahead of ours" in findings(out)["server sim"][1][1]
 
