@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks at a TAB
+        importlib.import_module("comfyd.cli.completion").complete(parser)
     try:
         args = parser.parse_args(argv)
     except SystemExit as done:  # --help and --version
