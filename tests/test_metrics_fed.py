@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -12,6 +12,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from comfyd import app, metrics
+from comfyd.config import Config
 from comfyd.errors import ServerUnreachable
 from comfyd.services.clock import Clock
 from comfyd.services.health import HealthProbe
@@ -19,6 +20,7 @@ from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
 from comfyd.simulator import Simulator
 from comfyd.spool.layout import Spool, drop
+from comfyd.web.control_client import ask
 from tests.endtoend.daemon import fetch, samples
 from tests.endtoend.graphs import failing, picture, slow
 from tests.test_app import settings
@@ -32,6 +34,7 @@ QUICK = {
     "history": "{backoff: 50ms}",
     "completion": "{backoff: 50ms}",
     "health": "{interval: 200ms}",
+    "retention": "{done: {count: 0}}",
 }
 
 
@@ -134,6 +137,19 @@ async def a_prompt_of_somebody_else(world: World) -> None:
     await world.shows('comfyd_websocket_connected{server="s"}')
     data = {"node": "1", "prompt_id": "theirs"}
     world.simulator._memory.hub.send("executing", data, None)
+
+
+async def a_result_too_many(world: World) -> None:
+    job = await world.drop(picture(8))
+    while not (world.spool.done / job).exists() or any(world.spool.claimed.iterdir()):
+        await trio.sleep(0.02)
+    socket = world.spool.root.parent / "state" / "control.sock"
+    await trio.to_thread.run_sync(ask, socket, {"verb": "gc"}, WITHIN_S)
+
+
+async def a_server_that_fails_everything(world: World) -> None:
+    for number in range(5):
+        await world.drop(failing(number))
 
 
 async def nothing(world: World) -> None:
@@ -257,6 +273,14 @@ SEEN: list[tuple[Act, tuple[str, ...]]] = [
         ),
     ),
     (a_prompt_of_somebody_else, ('comfyd_facts_dropped_total{reason="foreign_hint"}',)),
+    (a_result_too_many, ('comfyd_results_removed_total{directory="done"}',)),
+    (
+        a_server_that_fails_everything,
+        (
+            f'comfyd_server_state{{{S},state="wedged"}}',
+            f'comfyd_server_restarts_total{{result="failed",{S}}}',
+        ),
+    ),
     (
         nothing,
         (
@@ -287,7 +311,8 @@ async def test_what_happens_is_counted(tmp_path, monkeypatch, act, moved):
     missing = set(moved)
     with trio.move_on_after(WITHIN_S):
         async with trio.open_nursery() as nursery:
-            configured = settings(tmp_path, await nursery.start(simulator.serve, 0), **QUICK)
+            url = await nursery.start(simulator.serve, 0)
+            configured = restartable(settings(tmp_path, url, **QUICK))
             daemon = await nursery.start(partial(app.run, configured))
             world = World(simulator, Spool(configured.spool), daemon.http_url)
             nursery.start_soon(act, world)
@@ -298,6 +323,14 @@ async def test_what_happens_is_counted(tmp_path, monkeypatch, act, moved):
                 await trio.sleep(0.05)
             nursery.cancel_scope.cancel()
     assert missing == set()
+
+
+def restartable(configured: Config) -> Config:
+    """With a unit that there is not, or no systemd at all."""
+    servers = tuple(
+        replace(server, restart_unit="no-such-comfyd-test.service") for server in configured.servers
+    )
+    return replace(configured, servers=servers)
 
 
 def one_failure(monkeypatch: pytest.MonkeyPatch) -> None:
