@@ -27,6 +27,10 @@ _COMMANDS: Final = {
     "check": ("jobs", "check"),
     **dict.fromkeys(("cancel", "retry", "hold", "release"), ("verbs", "jobs")),
     **dict.fromkeys(("pause", "resume", "drain", "forget"), ("verbs", "servers")),
+    "gc": ("upkeep", "gc"),
+    "snapshot": ("upkeep", "snapshot"),
+    "doctor": ("doctor", "main"),
+    "completion": ("completion", "main"),
     "check-config": ("checkconfig", "main"),
     "simulate": ("simulate", "main"),
 }
@@ -50,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks at a TAB
+        importlib.import_module("comfyd.cli.completion").complete(parser)
     try:
         args = parser.parse_args(argv)
     except SystemExit as done:  # --help and --version

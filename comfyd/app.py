@@ -21,10 +21,12 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from comfyd import __version__, sdnotify
+from comfyd import config as config_of
 from comfyd.config import Config
 from comfyd.core.engine import Engine
 from comfyd.core.model import JobId, ServerName, State
 from comfyd.core.policy import Policy
+from comfyd.core.retention import FORGOTTEN, Bounds, Place
 from comfyd.core.server import Server as EngineServer
 from comfyd.core.snapshot import Snapshot
 from comfyd.errors import DiskFull, SpoolBusy
@@ -39,6 +41,7 @@ from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
 from comfyd.services.overview import Overview, Watched, count_files
 from comfyd.services.rebuild import rebuild
+from comfyd.services.retention import Retention
 from comfyd.services.space import Space, disks
 from comfyd.services.supervisor import supervise
 from comfyd.services.teller import Teller
@@ -52,6 +55,7 @@ from comfyd.web import control, serve, site
 from comfyd.web.api import Reads
 from comfyd.web.desk import Desk
 from comfyd.web.exporter import Readiness
+from comfyd.web.upkeep import Upkeep, clear
 from comfyd.web.wishes import Wishes
 
 # Files stay in new/ while so many jobs are at hand besides the queue: memory stays bounded.
@@ -96,6 +100,11 @@ def policy_of(config: Config) -> Policy:
         run_timeout_s=config.jobs.run_timeout_s,
         stall_timeout_s=config.jobs.stall_timeout_s,
     )
+
+
+def _bounds(kept: config_of.Retention | None) -> Bounds | None:
+    """A setting of ``retention``; None if it is for ever."""
+    return None if kept is None else Bounds(age_s=kept.age_s, count=kept.count, bytes=kept.bytes)
 
 
 @contextlib.asynccontextmanager
@@ -155,6 +164,7 @@ async def run(
         open_store = partial(open_or_begin_anew, config.state / "comfyd.db")
         unopened = Journal(open_store, on_commit=metrics.journal_commit)
         journal = await _when_there_is_space(partial(stack.enter_async_context, unopened))
+        await trio.to_thread.run_sync(clear, config.state)
         await _when_there_is_space(partial(rebuild, config, spool, clock, journal))
         try:
             await _run(config, spool, clock, metrics, journal, signals, task_status)
@@ -176,7 +186,12 @@ async def _run(
     names = [ServerName(server.name) for server in config.servers]
     engine = Engine(
         [
-            EngineServer(name=ServerName(s.name), origin=s.url, window=s.window)
+            EngineServer(
+                name=ServerName(s.name),
+                origin=s.url,
+                window=s.window,
+                restart_every_s=s.restart_interval_s if s.restart_unit else None,
+            )
             for s in config.servers
         ],
         policy_of(config),
@@ -194,13 +209,14 @@ async def _run(
         _log.warning("recovering", jobs=len(active))
     reap = partial(delivery.reap, spool, {row.job for row in active})
     await _when_there_is_space(partial(trio.to_thread.run_sync, reap))
+    settings = await journal.remembered()
     engine.load(
         active,
         crashed=crashed,
         now_s=clock.now_s(),
         u=random.random(),
         fences=await journal.fences(),
-        settings=await journal.remembered(),
+        settings=settings,
     )
 
     space = Space(disks(config.spool, config.state, config.outputs.min_free_bytes), inbox.put)
@@ -237,6 +253,19 @@ async def _run(
             on_refused=space.refused,
             on_absorbed=workshop.absorb,
         )
+        keeper = Retention(
+            journal,
+            spool,
+            clock,
+            bounds={
+                Place.DONE: _bounds(config.retention.done) or Bounds(),
+                Place.FAILED: _bounds(config.retention.failed) or Bounds(),
+            },
+            events=_bounds(config.retention.events),
+            forgotten_until=float(settings.get(FORGOTTEN, 0.0)),
+            tell=inbox.put,
+            on_removed=metrics.results_removed,
+        )
         intake = Intake(
             spool,
             settle_s=config.watch.settle_s,
@@ -246,7 +275,9 @@ async def _run(
             workflows=config.workflows,
             next_seq=count(await journal.last_seq() + 1).__next__,
             now_s=clock.now_s,
-            known=lambda job: trio.from_thread.run(journal.get, job) is not None,
+            known=lambda job: (
+                keeper.is_forgotten(job) or trio.from_thread.run(journal.get, job) is not None
+            ),
         )
         desk = Desk(journal, engine, inbox, dispatcher, overview)
         wishes = Wishes(
@@ -273,7 +304,8 @@ async def _run(
         # Listed before the watcher starts, and before anybody can ask for a retry: what those claim
         # gets its row from there.
         left = await trio.to_thread.run_sync(lambda: sorted(os.listdir(spool.claimed)))
-        verbs = {**desk.verbs(), **wishes.verbs()}
+        upkeep = Upkeep(journal, keeper, config.state)
+        verbs = {**desk.verbs(), **wishes.verbs(), **upkeep.verbs()}
         await nursery.start(control.serve_control, config.state / "control.sock", verbs)
         for link in links.values():
             for task, body in link.tasks():
@@ -282,6 +314,7 @@ async def _run(
         nursery.start_soon(auditor.run)
         nursery.start_soon(dispatcher.run)
         nursery.start_soon(_adopt, left, journal, intake, inbox)
+        nursery.start_soon(keeper.run)
         await nursery.start(
             partial(
                 watch,

@@ -76,6 +76,8 @@ DROPS: Final = frozenset(
 CONNECTS: Final = frozenset({"ok", "refused", "timeout", "rejected", "error"})
 DISCONNECTS: Final = frozenset({"closed", "ping_timeout", "deaf", "error"})
 DIRECTORIES: Final = frozenset({"new", "claimed"})
+RESULTS: Final = frozenset({"done", "failed"})
+UNIT_RESTARTS: Final = frozenset({"ok", "failed", "timeout"})
 SPOOL_REJECTIONS: Final = frozenset({"invalid_job", "duplicate", "conflict", "unmovable"})
 TASKS: Final = frozenset({"tracker", "prober", "health"})  # the supervised ones
 TASK_ERRORS: Final = frozenset(
@@ -409,6 +411,17 @@ class Metrics:
             task=TASKS,
             error=TASK_ERRORS,
         )
+        self._removed = counter(
+            "comfyd_results_removed_total",
+            "Results that retention removed.",
+            directory=RESULTS,
+        )
+        self._server_restarts = counter(
+            "comfyd_server_restarts_total",
+            "Restarts of a wedged server's systemd unit.",
+            server=SERVER,
+            result=UNIT_RESTARTS,
+        )
         self._build.labels(version, platform.python_version()).set(1)
         for family in self.families:
             if "server" not in family.labels and family.metric is not self._retries:
@@ -585,6 +598,15 @@ class Metrics:
     def spool_files(self, directory: str, count: int) -> None:
         """So many files and bundles are in *directory*: one of DIRECTORIES."""
         self._spool_files.labels(label(directory, DIRECTORIES)).set(count)
+
+    def results_removed(self, directory: str, count: int) -> None:
+        """Retention removed *count* results from *directory*: one of RESULTS."""
+        self._removed.labels(label(directory, RESULTS)).inc(count)
+
+    def server_restart(self, server: str, result: str) -> None:
+        """A restart of a wedged *server* ended: one of UNIT_RESTARTS."""
+        result = label(result, UNIT_RESTARTS)
+        self._server_restarts.labels(self._server(server), result).inc()
 
     def spool_rejected(self, reason: str) -> None:
         """A dropped file gave no job of its own: one of SPOOL_REJECTIONS.

@@ -250,7 +250,7 @@ def overview() -> build.Dashboard:
                 "Spool: space left",
                 "When what is free falls to what is kept free (`outputs.min_free_bytes`), all "
                 "jobs wait, and nothing is lost.",
-                6,
+                5,
                 ("ComfydDiskLow", "ComfydWaitingForSpace"),
             ),
             [
@@ -264,7 +264,7 @@ def overview() -> build.Dashboard:
                 "Spool: files",
                 "In `new/`: dropped and not yet taken. In `claimed/`: one for each job that has "
                 "not ended.",
-                6,
+                5,
                 ("ComfydSpoolNotDrained",),
             ),
             [Query(total(daemon("comfyd_spool_files"), "directory"), "{{directory}}")],
@@ -275,7 +275,7 @@ def overview() -> build.Dashboard:
                 "Drops that gave no job",
                 "invalid_job and conflict are in `failed/` with a reason; duplicate is the same "
                 "job dropped again; unmovable is left where it lies.",
-                6,
+                5,
             ),
             Query(events(daemon("comfyd_spool_rejected_total"), "reason"), "{{reason}}"),
         ),
@@ -283,7 +283,7 @@ def overview() -> build.Dashboard:
             About(
                 "Journal: time of a commit",
                 "Nothing is sent before it is written. Tens of milliseconds are a slow disk.",
-                6,
+                5,
             ),
             [
                 Query(quantile(0.5, "comfyd_journal_commit_seconds"), "p50"),
@@ -291,6 +291,14 @@ def overview() -> build.Dashboard:
             ],
             "s",
             steps=[(None, GREEN), (0.1, ORANGE)],
+        ),
+        bars(
+            About(
+                "Results removed",
+                "By `retention` or `comfyd gc`, from `done/` and `failed/`.",
+                4,
+            ),
+            Query(events(daemon("comfyd_results_removed_total"), "directory"), "{{directory}}"),
         ),
         words(
             About(

@@ -185,7 +185,7 @@ def reliability() -> build.Dashboard:
             About(
                 "Restarts of tasks",
                 "Supervised tasks that ended by a server's error and were started again.",
-                8,
+                6,
                 ("ComfydTaskRestarts",),
             ),
             Query(
@@ -197,15 +197,27 @@ def reliability() -> build.Dashboard:
                 "Facts dropped",
                 "Answers that were out of date, hints for prompts that are not ours or came late. "
                 "Foreign hints are normal where others use the server.",
-                8,
+                6,
             ),
             Query(events(daemon("comfyd_facts_dropped_total"), "reason"), "{{reason}}"),
+        ),
+        bars(
+            About(
+                "Servers restarted",
+                "Wedged servers whose `restart_unit` was restarted, or was to be.",
+                6,
+                ("ComfydServerWedged",),
+            ),
+            Query(
+                events(server("comfyd_server_restarts_total"), "server, result"),
+                "{{server}}: {{result}}",
+            ),
         ),
         graph(
             About(
                 "Open files",
                 "Of the daemon. A line that only climbs is a leak.",
-                8,
+                6,
             ),
             [Query(daemon("process_open_fds"), "{{instance}}")],
             "short",

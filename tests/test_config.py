@@ -54,7 +54,8 @@ def test_the_example_says_every_setting_with_its_default():
         if isinstance(value, dict):
             fields = getattr(config.defaults(BASE), key).__dataclass_fields__
             assert set(value) == {field.removesuffix("_s") for field in fields}, key
-    assert set(said["servers"][0]) == set(Server.__dataclass_fields__)
+    fields = Server.__dataclass_fields__
+    assert set(said["servers"][0]) == {field.removesuffix("_s") for field in fields}
 
 
 def test_defaults_are_those_of_the_contract():
@@ -454,3 +455,35 @@ def test_the_command_line_wins_then_the_environment_then_here_then_the_system(
     assert config.find_config(None, {}) == Path("comfyd.yaml")
     assert config.find_config(None, {"COMFYD_CONFIG": "/e"}) == Path("/e")
     assert config.find_config(Path("/c"), {"COMFYD_CONFIG": "/e"}) == Path("/c")
+
+
+# --- restarts of a unit --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "unit", ["comfyui.service", "comfyui@gpu-1.service", "a_b.c:d.service", "comfyui@.service"]
+)
+def test_a_unit_of_systemd_may_be_named(tmp_path, unit):
+    text = f"servers: [{{name: a, url: 'http://127.0.0.1:1', restart_unit: '{unit}'}}]"
+    [server] = config.parse(text, file=None, base=tmp_path).servers
+    assert (server.restart_unit, server.restart_interval_s) == (unit, 1800.0)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "comfyui", "--force.service", "-x.service", "a b.service", "a;b.service", "../a.service",
+        "comfyui.service x", "comfyui.timer", ".service", "@x.service", "é.service", "",
+        f"{'a' * 250}.service", "a.service\\n",
+    ],
+)  # fmt: skip
+def test_nothing_else_is_taken_for_one(tmp_path, unit):
+    text = f'servers: [{{name: a, url: "http://127.0.0.1:1", restart_unit: "{unit}"}}]'
+    with pytest.raises(ConfigError, match="restart_unit"):
+        config.parse(text, file=None, base=tmp_path)
+
+
+def test_restarts_must_not_follow_each_other_too_closely(tmp_path):
+    text = "servers: [{name: a, url: 'http://127.0.0.1:1', restart_interval: 1m}]"
+    with pytest.raises(ConfigError, match="at least 3m"):
+        config.parse(text, file=None, base=tmp_path)

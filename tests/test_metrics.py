@@ -76,6 +76,8 @@ CONTRACT: dict[str, tuple[str, tuple[str, ...]]] = {
     "comfyd_output_bytes_total": ("counter", ("server",)),
     "comfyd_journal_commit_seconds": ("histogram", ()),
     "comfyd_task_restarts_total": ("counter", ("error", "task")),
+    "comfyd_results_removed_total": ("counter", ("directory",)),
+    "comfyd_server_restarts_total": ("counter", ("result", "server")),
     "python_info": ("gauge", ("implementation", "major", "minor", "patchlevel", "version")),
 }
 
@@ -341,6 +343,8 @@ def test_the_shells_tell_what_they_see(metrics):
     metrics.spool_pickup(-5.0)
     metrics.spool_files("new", 3)
     metrics.spool_rejected("duplicate")
+    metrics.results_removed("failed", 3)
+    metrics.server_restart("a", "timeout")
     metrics.task_restart("tracker", ServerRefused("no"))
     metrics.task_restart("tracker", KeyError("bug"))
     for name, labels, expected in (
@@ -359,6 +363,8 @@ def test_the_shells_tell_what_they_see(metrics):
         ("comfyd_spool_rejected_total", {"reason": "duplicate"}, 1),
         ("comfyd_task_restarts_total", {"task": "tracker", "error": "ServerRefused"}, 1),
         ("comfyd_task_restarts_total", {"task": "tracker", "error": "other"}, 1),
+        ("comfyd_results_removed_total", {"directory": "failed"}, 3),
+        ("comfyd_server_restarts_total", {"server": "a", "result": "timeout"}, 1),
     ):
         assert value(metrics, name, **labels) == expected, name
 
@@ -450,6 +456,8 @@ def hostile(metrics, word, number):
     metrics.retry(word, word)
     metrics.spool_files(word, number)
     metrics.spool_rejected(word)
+    metrics.results_removed(word, 1)
+    metrics.server_restart(word, word)
     metrics.task_restart(word, type(word or "X", (Exception,), {})())
     view = ServerView(name=word, url=word, state=ServerState.UP)
     metrics.refresh(Snapshot(at=1.0, version=word, servers=(view,), counts={word: 1}))

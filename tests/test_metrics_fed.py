@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from comfyd import app, metrics
+from comfyd.config import Config
 from comfyd.errors import ServerUnreachable
 from comfyd.services import space
 from comfyd.services.clock import Clock
@@ -35,6 +36,7 @@ QUICK = {
     "history": "{backoff: 50ms}",
     "completion": "{backoff: 50ms}",
     "health": "{interval: 200ms}",
+    "retention": "{done: {count: 0}}",
 }
 
 
@@ -152,6 +154,20 @@ async def a_disk_without_space(world: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(space, "free_bytes", lambda found: 0)
         await world.shows("comfyd_waiting_for_space")
+
+
+async def a_result_too_many(world: World) -> None:
+    job = await world.drop(picture(8))
+    done, claimed = world.spool.done / job, world.spool.claimed
+    while not done.exists() or any(claimed.iterdir()):  # noqa: ASYNC110 - folders tell nobody
+        await trio.sleep(0.02)
+    await trio.to_thread.run_sync(ask, world.control, {"verb": "gc"}, WITHIN_S)
+
+
+async def a_server_that_fails_everything(world: World) -> None:
+    world.simulator.faults.set("card-fails=cuda")
+    for number in range(5):
+        await world.drop(picture(number))
 
 
 async def nothing(world: World) -> None:
@@ -275,6 +291,14 @@ SEEN: list[tuple[Act, tuple[str, ...]]] = [
         ),
     ),
     (a_prompt_of_somebody_else, ('comfyd_facts_dropped_total{reason="foreign_hint"}',)),
+    (a_result_too_many, ('comfyd_results_removed_total{directory="done"}',)),
+    (
+        a_server_that_fails_everything,
+        (
+            f'comfyd_server_state{{{S},state="wedged"}}',
+            f'comfyd_server_restarts_total{{result="failed",{S}}}',
+        ),
+    ),
     (
         a_person_that_pauses_and_drains,
         (
@@ -315,7 +339,8 @@ async def test_what_happens_is_counted(tmp_path, monkeypatch, act, moved):
     missing = set(moved)
     with trio.move_on_after(WITHIN_S):
         async with trio.open_nursery() as nursery:
-            configured = settings(tmp_path, await nursery.start(simulator.serve, 0), **QUICK)
+            url = await nursery.start(simulator.serve, 0)
+            configured = restartable(settings(tmp_path, url, **QUICK))
             daemon = await nursery.start(partial(app.run, configured))
             control = configured.state / "control.sock"
             world = World(simulator, Spool(configured.spool), daemon.http_url, control)
@@ -327,6 +352,14 @@ async def test_what_happens_is_counted(tmp_path, monkeypatch, act, moved):
                 await trio.sleep(0.05)
             nursery.cancel_scope.cancel()
     assert missing == set()
+
+
+def restartable(configured: Config) -> Config:
+    """With a unit that there is not, or no systemd at all."""
+    servers = tuple(
+        replace(server, restart_unit="no-such-comfyd-test.service") for server in configured.servers
+    )
+    return replace(configured, servers=servers)
 
 
 def one_failure(monkeypatch: pytest.MonkeyPatch) -> None:

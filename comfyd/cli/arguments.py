@@ -106,6 +106,34 @@ that answers is not forgotten: its prompts are alive; drain it.
 )
 
 
+_GC: Final = """\
+Results in done/ and failed/ that exceed retention.done or retention.failed go, the oldest first,
+each folder whole; so do the stories of jobs that exceed retention.events. A job that has not ended
+is never touched. The daemon does the same by itself every ten minutes. One line a result on stdout.
+exit codes: 0 all of it, 1 something could not be removed, 64 usage, 69 no daemon is running
+"""
+
+_SNAPSHOT: Final = """\
+FILE is written whole, is durable when this ends, and is for its owner alone. To restore it, stop
+the daemon, put FILE in the place of comfyd.db in the state folder, remove comfyd.db-wal there, and
+start: what has happened since is found out from the spool and the servers.
+exit codes: 0 it is there, 1 it cannot be made, 64 usage, 69 the daemon does not answer
+"""
+
+_DOCTOR: Final = """\
+Looks at the configuration, folders and their rights, file systems, servers and their clocks,
+limits and free space, with the daemon running or not. It changes nothing.
+exit codes: 0 nothing is wrong (there may be warnings), 1 something is
+"""
+
+SHELLS: Final = ("bash", "zsh", "fish")
+_SHELLS: Final = """\
+bash:  comfyd completion bash > /etc/bash_completion.d/comfyd
+zsh:   comfyd completion zsh > a file _comfyd in a folder of $fpath
+fish:  comfyd completion fish > ~/.config/fish/completions/comfyd.fish
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that leaves the last word, and the exit code, to its caller."""
 
@@ -190,10 +218,20 @@ def build_parser() -> Parser:
         if server:
             named.add_argument("server", nargs=server, metavar="SERVER", help="its name")
 
+    gc = command("gc", "remove now what retention no longer keeps", json=True, told=_GC)
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    snapshot = command(
+        "snapshot", "copy the journal, whether the daemon runs or not", json=True, told=_SNAPSHOT
+    )
+    snapshot.add_argument("file", type=Path, metavar="FILE", help="must not exist")
+    command("doctor", "check everything, and say how to mend it", json=True, told=_DOCTOR)
+
     config = command("check-config", "check a configuration file", json=True)
     config.add_argument("file", nargs="?", type=Path, metavar="FILE")
 
     _simulate(command("simulate", "serve a simulated ComfyUI on the loopback address"))
+    shell = command("completion", "print what makes a shell complete comfyd's words", told=_SHELLS)
+    shell.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     return parser
 
 

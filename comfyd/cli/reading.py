@@ -81,6 +81,7 @@ class Live:
 
     config: Config
     notice: str = ""
+    answer_s: float = ANSWER_S
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = self._ask({"verb": "status"})["status"]
@@ -96,7 +97,7 @@ class Live:
         return story
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        return ask_daemon(self.config, request, ANSWER_S)
+        return ask_daemon(self.config, request, self.answer_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,11 @@ class Journaled:
 
 
 @contextlib.contextmanager
-def opened(config: Config) -> Iterator[Source]:
+def opened(config: Config, answer_s: float = ANSWER_S) -> Iterator[Source]:
     """The daemon if it runs, else its journal.
+
+    Args:
+      answer_s: Seconds for each answer of the daemon.
 
     Raises:
       Unreachable: A daemon runs and does not answer, or this user may read neither.
@@ -149,14 +153,14 @@ def opened(config: Config) -> Iterator[Source]:
 
     """
     try:
-        ask_daemon(config, {"verb": "status"}, ANSWER_S)
+        ask_daemon(config, {"verb": "status"}, answer_s)
     except DaemonUnreachable as error:
         if error.sent:
             raise Unreachable(str(error)) from None
         with _journal(config, str(error)) as source:
             yield source
         return
-    yield Live(config)
+    yield Live(config, answer_s=answer_s)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-GOOD: Final = frozenset({"up", "done", "running", "connected", "verified"})
-BAD: Final = frozenset({"down", "wedged", "failed", "cancelled"})
-DOUBTFUL: Final = frozenset({"deaf", "draining", "held", "stale"})
+GOOD: Final = frozenset({"ok", "up", "done", "running", "connected", "verified"})
+BAD: Final = frozenset({"problem", "down", "wedged", "failed", "cancelled"})
+DOUBTFUL: Final = frozenset({"warning", "deaf", "draining", "held", "stale"})
 
 GAP: Final = 2  # between columns
 FOLDED: Final = 28  # a sentence can still be read in a column of this width

@@ -13,6 +13,7 @@ import ssl
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -218,6 +219,24 @@ class Client:
         """GET /system_stats."""
         ask = _Ask("GET", "/system_stats", self._health_timeout_s)
         return decode_stats(await self._answer(ask))
+
+    async def told_s(self) -> float | None:
+        """What time it is by the server's clock, seconds since the epoch, in whole seconds.
+
+        Returns:
+          None if it tells no time that can be read.
+
+        """
+
+        async def take(response: httpx.Response, _exchange: _Exchange) -> float | None:
+            if response.status_code != 200:
+                raise await _status(response, MAX_ERROR_CHARS)
+            try:
+                return parsedate_to_datetime(response.headers["date"]).timestamp()
+            except (KeyError, ValueError, OverflowError):
+                return None
+
+        return await self._exchange(_Ask("GET", "/prompt", self._health_timeout_s), take)
 
     async def interrupt(self, prompt_id: str) -> None:
         """POST /interrupt for this prompt alone. Its 200 proves nothing: look at the queue."""

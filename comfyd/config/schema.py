@@ -22,6 +22,7 @@ from comfyd.config.section import read_section, reader_of, seconds, section, set
 from comfyd.config.server import Secret
 from comfyd.config.values import Context, Failed, Refused, attempt
 
+_RESTART_MIN_S: Final = 180.0  # longer than services.unit waits for one restart
 _SERVER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 
@@ -213,6 +214,8 @@ class Server:
       headers: Sent with every request.
       ca_file: Trust only the authorities in this file; None is the system's.
       insecure: Plain http to a host that is not loopback was asked for.
+      restart_unit: The systemd unit to restart when the server is wedged; None: none.
+      restart_interval_s: Not more often than once in so long.
 
     """
 
@@ -222,12 +225,16 @@ class Server:
     headers: Mapping[str, Secret] = setting(server_values.headers, factory=_no_headers)
     ca_file: Path | None = setting(values.optional(values.existing_file), None)
     insecure: bool = setting(values.boolean, False)
+    restart_unit: str | None = setting(values.optional(server_values.unit), None)
+    restart_interval_s: float = seconds(1800.0)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Settings that do not go together, as (key, problem)."""
         plain = self.url.startswith("http:")
         if plain and not self.insecure and not server_values.is_loopback(self.host):
             yield "url", "sends everything in clear text; use https, or say insecure: true"
+        if self.restart_interval_s < _RESTART_MIN_S:
+            yield "restart_interval", "must be at least 3m: one restart may take so long"
         if plain and self.ca_file is not None:
             yield "ca_file", "has no effect with http"
         if not plain and self.insecure:

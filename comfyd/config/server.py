@@ -18,6 +18,8 @@ from comfyd.config.document import Node
 from comfyd.config.values import Context, Failed, Refused, attempt, child, mapping_of, text
 
 MAX_SECRET_BYTES: Final = 16_384  # header lines over 8 to 16 KiB are refused by most servers
+_UNIT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9:_.\\-]*(?:@[A-Za-z0-9:_.\\-]*)?\.service")
+_UNIT_MAX: Final = 255  # systemd.unit(5)
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")
 _HEADER_VALUE: Final = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?")
 # The HTTP and WebSocket libraries set these; an Origin makes ComfyUI answer 403 (its server.py).
@@ -80,6 +82,14 @@ def url(node: Node, path: str, ctx: Context) -> str:
     if "?" in value or "#" in value:
         raise Refused("must not have a query or a fragment", node)
     return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
+
+
+def unit(node: Node, path: str, ctx: Context) -> str:
+    """The name of a systemd service; nothing that a command could take for an option."""
+    value = text(node, path, ctx)
+    if not _UNIT.fullmatch(value) or len(value) > _UNIT_MAX:
+        raise Refused("must be the name of a systemd service, such as comfyui.service", node)
+    return value
 
 
 def window(node: Node, path: str, ctx: Context) -> int | None:

@@ -31,6 +31,7 @@ from comfyd.core.facts import (
     Fenced,
     Fetched,
     ForgetAsked,
+    Forgotten,
     Health,
     Hint,
     LateSuccess,
@@ -71,7 +72,7 @@ from comfyd.core.moves import noted, token_of
 from comfyd.core.news import ServerNews, heed
 from comfyd.core.notes import Note
 from comfyd.core.orders import Fence as FenceOrder
-from comfyd.core.orders import JobOrder, Order, Summon
+from comfyd.core.orders import JobOrder, Order, Restart, Summon
 from comfyd.core.placing import assignments, recalls, submission_order
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server
@@ -85,6 +86,7 @@ COLLECTING_MAX: Final = 2048
 # Names under which the journal remembers what persons asked for.
 PAUSED: Final = "paused"
 DRAINING: Final = "draining"
+RESTARTED: Final = "restarted"  # servers that we restarted, and when (UTC)
 
 
 class Engine:
@@ -151,10 +153,13 @@ class Engine:
         """Take up what the journal holds as active, with its at-load orders. Times in the future
         (the wall clock was set back) become now, so that no deadline is longer than configured."""
         self.paused = settings.get(PAUSED) is True
-        drained = settings.get(DRAINING)
+        drained, restarted = settings.get(DRAINING), settings.get(RESTARTED)
         for name in self.servers:
             draining = isinstance(drained, list) and name in drained
             self._set(name, listen_by_s=now_s + self.policy.listen_grace_s, draining=draining)
+            at_s = restarted.get(name) if isinstance(restarted, dict) else None
+            if isinstance(at_s, float | int):
+                self._set(name, restarted_s=min(at_s, now_s))
         for fence in fences:
             self.fleet.watch(fence)
         rows = tuple(rows)
@@ -182,6 +187,8 @@ class Engine:
                 self._tick(now_s, u)
             case SpaceSeen():
                 self._space(fact, now_s, u)
+            case Forgotten():
+                self.counts.subtract(fact.states)
             case Fenced():
                 self._fenced(fact, now_s, u)
             case PauseAsked() | DrainAsked() | ResumeAsked() | ForgetAsked():
@@ -203,6 +210,7 @@ class Engine:
         self._now_s = now_s
         self._place(now_s, u)
         self._fence(now_s)
+        self._restart(now_s)
         pending, self._pending = self._pending, Pending()
         changes = []
         for job_id, expected in pending.dirty.items():
@@ -237,7 +245,7 @@ class Engine:
         for watch in self.fleet.watches.values():
             if not watch.asked and self.servers[watch.fence.server].up:
                 deadline_s = min(deadline_s, watch.look_s)
-        return min(deadline_s, self._recall_s)
+        return min(deadline_s, self._recall_s, self.fleet.restart_s(self._now_s))
 
     def knows(self, prompt_id: PromptId) -> bool:
         """Whether *prompt_id* is the current attempt of a job at hand."""
@@ -487,6 +495,18 @@ class Engine:
             del self.fleet.watches[fact.prompt_id]
             self._pending.lifted.append(fact.prompt_id)
             self._pending.notes.append(_about(fence, "unfenced"))
+
+    def _restart(self, now_s: float) -> None:
+        """Restart what is wedged and may be restarted; written down first, so that no crash makes
+        it more often."""
+        due = self.fleet.to_restart(now_s)
+        for server, why in due:
+            self._set(server.name, restarted_s=now_s)
+            self._pending.orders.append(Restart(server=server.name, why=why))
+        if due:
+            at_s = {s.name: s.restarted_s for s in self.servers.values()}
+            known = {name: when for name, when in at_s.items() if when > -math.inf}
+            self._remember(RESTARTED, known)
 
     # --- what persons ask for --------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
-from comfyd.core.model import Fence, JobId, PromptId, Record, Row, ServerName, Staged
+from comfyd.core.model import Fence, JobId, PromptId, Record, Row, ServerName, Staged, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +377,13 @@ class ForgetAsked:
     server: ServerName
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forgotten:
+    """Rows of jobs that are over were removed from the journal; they were in these states."""
+
+    states: tuple[State, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """A deadline passed."""
@@ -400,6 +407,7 @@ News = (
     | DrainAsked
     | ResumeAsked
     | ForgetAsked
+    | Forgotten
     | Tick
 )
 Fact = Answer | Hint | News

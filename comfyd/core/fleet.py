@@ -154,6 +154,13 @@ class Fleet:
 
     def trouble(self, name: ServerName, now_s: float) -> str:
         """Why a server that answers is given nothing more, as a sentence; "" if all is well."""
+        wedged = self.wedged(name, now_s)
+        if not wedged and self._stuck.get(name):
+            return "A prompt runs without any sign of progress, and is being stopped."
+        return wedged
+
+    def wedged(self, name: ServerName, now_s: float) -> str:
+        """Why nothing but a restart will help it, as a sentence; "" if it needs none."""
         server = self.servers[name]
         if self._is_sick(server):
             return (
@@ -162,12 +169,20 @@ class Fleet:
             )
         if server.wedged:
             return "Prompts wait and none runs: its worker has died; restart ComfyUI."
-        if self._stuck.get(name):
-            return "A prompt runs without any sign of progress, and is being stopped."
         for watch in self.watches.values():
             if watch.fence.server == name and watch.is_stubborn(self.policy, now_s=now_s):
                 return "A prompt that was to be stopped goes on; restart ComfyUI if it never ends."
         return ""
+
+    def to_restart(self, now_s: float) -> list[tuple[Server, str]]:
+        """Servers that answer, are wedged and may be restarted now, and why."""
+        due = [s for s in self.servers.values() if s.up and now_s >= s.restart_s]
+        return [(server, why) for server in due if (why := self.wedged(server.name, now_s))]
+
+    def restart_s(self, now_s: float) -> float:
+        """When a server that is wedged may be restarted (again); inf if none waits for that."""
+        waiting = (s for s in self.servers.values() if s.up and now_s < s.restart_s < math.inf)
+        return min((s.restart_s for s in waiting if self.wedged(s.name, now_s)), default=math.inf)
 
     def _is_sick(self, server: Server) -> bool:
         """Whether too many jobs in a row failed there. Where not all of them spoke of the card, and

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from comfyd.core import model
 from comfyd.core.facts import LateSuccess, Token, Wish
-from comfyd.core.model import Row
+from comfyd.core.model import Row, ServerName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,15 @@ class Refill:
     count: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    """Restart the systemd unit of a wedged server. No answer: that it is well again is seen."""
+
+    server: ServerName
+    why: str
+
+
 JobOrder = Submit | Probe | Stop | Fetch | Collect | Publish | Retire
 Read = Refill | Summon | Expire
 """What the dispatcher reads from the journal at once, so that nothing is older than in memory."""
-Order = JobOrder | Fence | Read
+Order = JobOrder | Fence | Restart | Read

@@ -1,6 +1,8 @@
 """What the rows of a lost journal must have been, as far as folders and servers still tell. Pure.
 
-``docs/decisions/009-rebuilding-a-lost-journal.md`` says what cannot be known, and what is done.
+The same for a journal that is a snapshot, put back: what became since of the jobs that it knows.
+``docs/decisions/009-rebuilding-a-lost-journal.md`` and ``014-snapshots.md`` say what cannot be
+known, and what is done.
 """
 
 from __future__ import annotations
@@ -148,7 +150,9 @@ def _with_result(row: Row, result: Result) -> Row:
         outcome=Outcome(
             state=told.state, reason=told.reason, message=told.message, detail=told.detail
         ),
-        staged=msgspec.structs.replace(stage, outputs=len(told.outputs)),
+        staged=msgspec.structs.replace(
+            stage, outputs=len(told.outputs), bytes=sum(map(_bytes_of, told.outputs))
+        ),
         attempt=max(told.attempts, 0),
         server=None if told.server is None else ServerName(told.server),
         prompt_id=None if told.prompt_id is None else PromptId(told.prompt_id),
@@ -162,6 +166,11 @@ def _with_result(row: Row, result: Result) -> Row:
         ended_at=_at(told, "ended"),
         published_at=_at(told, "published"),
     )
+
+
+def _bytes_of(output: Any) -> int:
+    size = output.get("bytes") if isinstance(output, dict) else None
+    return size if isinstance(size, int) and size > 0 else 0
 
 
 def _at(told: _Manifest, name: str) -> float | None:
@@ -203,6 +212,85 @@ def taken_up(row: Row, found: Iterable[Found], *, all_asked: bool, now_s: float)
         submitted_at=now_s,
         started_at=now_s if latest.seen is Seen.RUNNING else None,
     )
+
+
+_TAKEN: Final = (
+    "It ended after the snapshot that was put back, and its result was taken away since: how it"
+    " ended is not known."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lying:
+    """What lies of a job in the spool.
+
+    Attributes:
+      claimed: What was submitted.
+      stage: A folder for its result, complete or not.
+      published: Its result.
+      staged: Its result, complete in the stage.
+
+    """
+
+    claimed: bool = False
+    stage: bool = False
+    published: Result | None = None
+    staged: Result | None = None
+
+
+def carried_on(
+    row: Row, lying: Lying, found: Iterable[Found], *, all_asked: bool, now_s: float
+) -> Row:
+    """*row* of a snapshot, as it is now: its job may have gone on, or ended, since then.
+
+    A claimed file is there until its result was published, so a job that has neither is over.
+
+    Returns:
+      *row* itself if nothing is to be changed; else one of the next version.
+
+    """
+    new = _carried_on(row, lying, found, all_asked=all_asked, now_s=now_s)
+    return row if new == row else msgspec.structs.replace(new, version=row.version + 1)
+
+
+def _carried_on(
+    row: Row, lying: Lying, found: Iterable[Found], *, all_asked: bool, now_s: float
+) -> Row:
+    if row.state.final:
+        return row
+    if lying.published is not None:
+        done = finished(row, lying.published)
+        attempt = max(done.attempt, row.attempt)
+        return msgspec.structs.replace(done, attempt=attempt, retired=not lying.claimed)
+    if not lying.claimed and not lying.stage:
+        return msgspec.structs.replace(
+            row,
+            state=State.DONE,
+            outcome=Outcome(state=State.DONE, message=_TAKEN),
+            staged=row.staged or Staged(manifest_sha256=""),
+            queue_by=None,
+            retired=True,
+        )
+    if lying.staged is not None and (ready := staged(row, lying.staged)):
+        return msgspec.structs.replace(ready, attempt=max(ready.attempt, row.attempt))
+    later = [each for each in found if each.attempt > row.attempt]
+    if later:
+        afresh = msgspec.structs.replace(
+            row, state=State.QUEUED, why=None, record=None, outcome=None, staged=None,
+            completion=None, held="", ended_at=None, published_at=None, queue_by=None,
+        )  # fmt: skip
+        return taken_up(afresh, later, all_asked=all_asked, now_s=now_s)
+    if not all_asked and row.state in {State.QUEUED, State.HELD}:
+        return msgspec.structs.replace(row, attempt=max(row.attempt, UNASKED_ATTEMPTS))
+    return row
+
+
+def fences_since(row: Row, before: Row, found: Iterable[Found]) -> tuple[Fence, ...]:
+    """As `fences`, for a row that was *before* in a snapshot: what that knew of is dealt with."""
+    news = (
+        each for each in found if each.attempt > before.attempt or each.seen is not Seen.FINISHED
+    )
+    return fences(row, news)
 
 
 def fences(row: Row, found: Iterable[Found]) -> tuple[Fence, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from comfyd.core.model import JobId, ServerName
@@ -30,6 +31,8 @@ class Server:
       idle_since_s: Since when prompts wait there and none runs; None while that is not so.
       wedged: That lasted too long: its worker is dead, until it is seen at work or restarts.
       unfit_since_s: Since when it could not be used, for whatever reason; None while it can.
+      restart_every_s: It may be restarted when it is wedged, once in so long; None: never.
+      restarted_s: When that was ordered last.
 
     """
 
@@ -50,6 +53,13 @@ class Server:
     idle_since_s: float | None = None
     wedged: bool = False
     unfit_since_s: float | None = None
+    restart_every_s: float | None = None
+    restarted_s: float = -math.inf
+
+    @property
+    def restart_s(self) -> float:
+        """From when on it may be restarted; inf if never."""
+        return math.inf if self.restart_every_s is None else self.restarted_s + self.restart_every_s
 
     @property
     def opens_s(self) -> float:

@@ -5,25 +5,34 @@ Serves simulations and the exhaustive explorer, so a copy is cheap and crashes c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from comfyd.core.facts import Candidates, Overdue
 from comfyd.core.model import Fence, JobId, PromptId, Row, State
+from comfyd.core.retention import Bounds, Kept, Past, Place, Tally, kept_of
 from comfyd.journal.store import (
     FOUND_MAX,
     Alias,
     Batch,
     Change,
+    Drop,
     Event,
+    Forget,
     Insert,
+    Keep,
     Lift,
+    Pruned,
     Raise,
     Remember,
     Update,
+    event_bytes,
+    may_forget,
     may_replace,
+    out_of,
     prompt_ids,
 )
 
@@ -39,7 +48,8 @@ class MemoryStore:
     def __init__(self, *, clean: bool = True) -> None:
         self.rows_by_job: dict[JobId, Row] = {}
         self._names: dict[str, JobId] = {}
-        self._events: list[Event] = []
+        self._events: list[tuple[int, int, Event]] = []  # number, the size of all up to it
+        self._kept: dict[JobId, Kept] = {}
         self._fences: dict[PromptId, Fence] = {}
         self._settings: dict[str, Any] = {}
         self._was_clean = clean
@@ -51,6 +61,7 @@ class MemoryStore:
         twin.rows_by_job = self.rows_by_job.copy()
         twin._names = self._names.copy()
         twin._events = self._events.copy()
+        twin._kept = self._kept.copy()
         twin._fences = self._fences.copy()
         twin._settings = self._settings.copy()
         return twin
@@ -68,14 +79,40 @@ class MemoryStore:
 
     def commit(self, batch: Batch) -> tuple[bool, ...]:
         results = tuple(self._apply(change) for change in batch.changes)
-        self._events.extend(batch.events)
+        for event in batch.events:
+            number, upto, _ = self._events[-1] if self._events else (0, 0, event)
+            size = event_bytes(event, msgspec.json.encode(event.data))
+            self._events.append((number + 1, upto + size, event))
         return results
 
-    def prune_events(self, before_s: float, *, limit: int = 1000) -> int:
-        kept = [event for event in self._events[:limit] if event.at >= before_s]
-        dropped = len(self._events[:limit]) - len(kept)
-        self._events[:limit] = kept
-        return dropped
+    def prune_events(
+        self, bounds: Bounds, now_s: float, *, after: int = 0, limit: int = 1000, dry: bool = False
+    ) -> Pruned:
+        looked = [each for each in self._events if each[0] > after][:limit]
+        if not looked:
+            return Pruned()
+        newest, whole, _ = self._events[-1]
+
+        def goes(number: int, upto: int, event: Event) -> bool:
+            row = self.rows_by_job.get(event.job)
+            if row is not None and not (row.state.final and row.retired):
+                return False
+            return out(number, upto, event)
+
+        def out(number: int, upto: int, event: Event) -> bool:
+            before = upto - event_bytes(event, msgspec.json.encode(event.data))
+            newer = newest - number
+            return out_of(bounds, now_s, at=event.at, newer=newer, bytes_from=whole - before)
+
+        gone = [each for each in looked if goes(*each)]
+        if not dry:
+            self._events = [each for each in self._events if each not in gone]
+        last = looked[-1][0]
+        more = out(*looked[-1]) and last != newest
+        return Pruned(forgotten=len(gone), next=last if more else None)
+
+    def copy_to(self, target: Path, pause: Callable[[], object]) -> None:
+        raise NotImplementedError("a store in memory has no file to copy")
 
     def active(self) -> tuple[Row, ...]:
         waiting = (State.QUEUED, State.HELD)
@@ -134,7 +171,7 @@ class MemoryStore:
         return tuple(page[:limit])
 
     def events(self, job: JobId) -> tuple[Event, ...]:
-        return tuple(event for event in self._events if event.job == job)
+        return tuple(event for _, _, event in self._events if event.job == job)
 
     def counts(self) -> dict[State, int]:
         counts = dict.fromkeys(State, 0)
@@ -152,6 +189,28 @@ class MemoryStore:
     def last_seq(self) -> int:
         return max((row.seq for row in self.rows_by_job.values()), default=0)
 
+    def kept(self, place: Place, *, limit: int, after: Kept | None = None) -> tuple[Kept, ...]:
+        there = self._in(place)
+        return tuple(k for k in there if after is None or k.order > after.order)[:limit]
+
+    def newest_kept(
+        self, place: Place, *, limit: int, before: Kept | None = None
+    ) -> tuple[Kept, ...]:
+        there = reversed(self._in(place))
+        return tuple(k for k in there if before is None or k.order < before.order)[:limit]
+
+    def tally(self, place: Place) -> Tally:
+        there = self._in(place)
+        return Tally(count=len(there), bytes=sum(kept.bytes for kept in there))
+
+    def _in(self, place: Place) -> list[Kept]:
+        there = (kept for kept in self._kept.values() if kept.place is place)
+        return sorted(there, key=lambda kept: kept.order)
+
+    def past(self, *, limit: int, after: int = 0) -> tuple[Past, ...]:
+        rows = [row for row in _by_seq(self.rows_by_job.values()) if row.seq > after][:limit]
+        return tuple(Past(row=row, told=bool(self.events(row.job))) for row in rows)
+
     def opened_cleanly(self) -> bool:
         return self._was_clean
 
@@ -159,12 +218,14 @@ class MemoryStore:
         self._clean = clean
 
     def _apply(self, change: Change) -> bool:
+        was_final = False
         match change:
             case Insert(row=row):
                 seqs = {known.seq for known in self.rows_by_job.values()}
                 applied = row.job not in self.rows_by_job and row.seq not in seqs
             case Update(row=row, expected=expected):
                 old = self.rows_by_job.get(row.job)
+                was_final = old is not None and old.state.final
                 applied = (
                     old is not None
                     and (old.seq, old.version) == (row.seq, expected)
@@ -183,7 +244,21 @@ class MemoryStore:
             case Remember(name=name, value=value):
                 self._settings[name] = value
                 return True
+            case Keep(kept=kept):
+                return self._kept.setdefault(kept.job, kept) is kept
+            case Drop(job=job):
+                return self._kept.pop(job, None) is not None
+            case Forget(job=job, version=version):
+                applied = may_forget(self.rows_by_job.get(job), version)
+                if applied:
+                    del self.rows_by_job[job]
+                    self._kept.pop(job, None)
+                    self._names = {n: j for n, j in self._names.items() if j != job}
+                return applied
         if applied:
+            result = kept_of(row)
+            if result is not None and not was_final:
+                self._kept.setdefault(row.job, result)
             self.rows_by_job[row.job] = row
             for known_as in prompt_ids(row):
                 self._names.setdefault(known_as, row.job)

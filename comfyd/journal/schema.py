@@ -94,8 +94,50 @@ _VERSION_2: Final = (
     "INSERT INTO settings SELECT 'whole', CAST('true' AS BLOB) FROM jobs LIMIT 1",
 )
 
+_VERSION_3: Final = (
+    # Results in done/ and failed/, as far as is known. Of a job without a row too: after a rebuild.
+    """
+    CREATE TABLE results (
+      job   TEXT    NOT NULL PRIMARY KEY,
+      place TEXT    NOT NULL,
+      at    REAL    NOT NULL,
+      bytes INTEGER NOT NULL
+    ) WITHOUT ROWID
+    """,
+    "CREATE INDEX by_age ON results (place, at, job, bytes)",
+    """
+    CREATE TABLE tallies (
+      place TEXT    NOT NULL PRIMARY KEY,
+      count INTEGER NOT NULL,
+      bytes INTEGER NOT NULL
+    ) WITHOUT ROWID
+    """,
+    "INSERT INTO tallies VALUES ('done', 0, 0), ('failed', 0, 0)",
+    # The tallies follow by themselves, however a result comes or goes.
+    """
+    CREATE TRIGGER result_came AFTER INSERT ON results BEGIN
+      UPDATE tallies SET count = count + 1, bytes = bytes + new.bytes WHERE place = new.place;
+    END
+    """,
+    """
+    CREATE TRIGGER result_went AFTER DELETE ON results BEGIN
+      UPDATE tallies SET count = count - 1, bytes = bytes - old.bytes WHERE place = old.place;
+    END
+    """,
+    """
+    INSERT INTO results
+    SELECT job, iif(state = 'done', 'done', 'failed'),
+           coalesce(json_extract(CAST(data AS TEXT), '$.published_at'), claimed_at),
+           coalesce(json_extract(CAST(data AS TEXT), '$.staged.bytes'), 0)
+    FROM jobs WHERE state IN ('done', 'failed', 'cancelled')
+    """,
+    # The size of all events up to this one; NULL in those that were written before there was one.
+    "ALTER TABLE events ADD COLUMN upto INTEGER",
+    "CREATE INDEX names_of ON names (job)",
+)
+
 # Entry n turns version n into n + 1. Entries are never changed once released, only added.
-MIGRATIONS: Final = (_VERSION_1, _VERSION_2)
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3)
 VERSION: Final = len(MIGRATIONS)
 
 # --- changes --------------------------------------------------------------------------------------
@@ -122,13 +164,27 @@ REMEMBER: Final = """
   INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value
 """
 NAME: Final = "INSERT OR IGNORE INTO names VALUES (?, ?)"
-INSERT_EVENT: Final = "INSERT INTO events (job, at, kind, data) VALUES (?, ?, ?, ?)"
+INSERT_EVENT: Final = """
+  INSERT INTO events (job, at, kind, data, upto)
+  VALUES (?, ?, ?, ?, ? + coalesce((SELECT upto FROM events ORDER BY id DESC LIMIT 1), 0))
+"""
 COUNT: Final = """
   INSERT INTO counts VALUES (?, ?) ON CONFLICT (state) DO UPDATE SET jobs = jobs + excluded.jobs
 """
-PRUNE: Final = """
-  DELETE FROM events WHERE at < ? AND id IN (SELECT id FROM events ORDER BY id LIMIT ?)
+# The story of a job that goes on is kept, whatever its age.
+_OUT_OF_BOUNDS: Final = """
+  FROM events WHERE id > :after AND id <= :last
+  AND (at < :before OR id <= :to_id
+       OR coalesce(upto - length(job) - length(kind) - length(data), -1) < :to_bytes)
+  AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.job = events.job
+                  AND NOT (retired AND state IN ('done', 'failed', 'cancelled')))
 """
+PRUNE: Final = "DELETE" + _OUT_OF_BOUNDS
+PRUNABLE: Final = "SELECT count(*)" + _OUT_OF_BOUNDS
+KEEP: Final = "INSERT OR IGNORE INTO results (job, place, at, bytes) VALUES (?, ?, ?, ?)"
+DROP: Final = "DELETE FROM results WHERE job = ?"
+FORGET: Final = "DELETE FROM jobs WHERE job = ?"
+UNNAME: Final = "DELETE FROM names WHERE job = ?"
 
 # --- questions: each is answered from an index, in its order, without a scan or a sort ------------
 
@@ -161,6 +217,25 @@ PAGE_OF_STATE: Final = "SELECT data FROM jobs WHERE state = ? AND seq < ? ORDER 
 KEYED: Final = "SELECT data FROM jobs WHERE key = ? ORDER BY seq DESC LIMIT 1"
 NAMED: Final = "SELECT data FROM jobs WHERE job = (SELECT job FROM names WHERE name = ?)"
 BEGINNING: Final = "SELECT data FROM jobs WHERE job BETWEEN ? AND ? ORDER BY job DESC LIMIT ?"
+OLDEST_KEPT: Final = """
+  SELECT job, at, bytes FROM results INDEXED BY by_age
+  WHERE place = ? AND (at, job) > (?, ?) ORDER BY at, job LIMIT ?
+"""
+NEWEST_KEPT: Final = """
+  SELECT job, at, bytes FROM results INDEXED BY by_age
+  WHERE place = ? AND (at, job) < (?, ?) ORDER BY at DESC, job DESC LIMIT ?
+"""
+TALLY: Final = "SELECT count, bytes FROM tallies WHERE place = ?"
+PAST: Final = """
+  SELECT data, EXISTS (SELECT 1 FROM events WHERE events.job = jobs.job)
+  FROM jobs WHERE seq > ? ORDER BY seq LIMIT ?
+"""
+LAST_LOOKED: Final = """
+  SELECT id, at, coalesce(upto - length(job) - length(kind) - length(data), -1)
+  FROM events
+  WHERE id = (SELECT max(id) FROM (SELECT id FROM events WHERE id > ? ORDER BY id LIMIT ?))
+"""
+LAST_EVENT: Final = "SELECT id, coalesce(upto, 0) FROM events ORDER BY id DESC LIMIT 1"
 EVENTS: Final = "SELECT at, kind, data FROM events WHERE job = ? ORDER BY id"
 GET: Final = "SELECT data FROM jobs WHERE job = ?"
 AT_VERSION: Final = "SELECT data FROM jobs WHERE job = ? AND seq = ? AND version = ?"

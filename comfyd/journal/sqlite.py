@@ -8,11 +8,12 @@ lives is told "database is locked".
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -22,22 +23,30 @@ import msgspec
 
 from comfyd.core.facts import Candidates, Overdue
 from comfyd.core.model import Fence, JobId, Row, State
+from comfyd.core.retention import Bounds, Kept, Past, Place, Tally, kept_of
 from comfyd.errors import DiskFull, JournalDamaged, JournalError
 from comfyd.journal import schema, wal
+from comfyd.journal.copy import copy_journal
 from comfyd.journal.file import connect, create, sync_folder, translate
 from comfyd.journal.store import (
     FOUND_MAX,
     Alias,
     Batch,
     Change,
+    Drop,
     Event,
+    Forget,
     Insert,
+    Keep,
     Lift,
+    Pruned,
     Raise,
-    Reads,
     Remember,
     Update,
+    event_bytes,
+    may_forget,
     may_replace,
+    out_of,
     prompt_ids,
 )
 
@@ -195,18 +204,39 @@ class SqliteStore:
             self._check_place()
         with self._transaction():
             results = tuple(self._apply(change, moved) for change in batch.changes)
-            self._db.executemany(
-                schema.INSERT_EVENT,
-                ((each.job, each.at, each.kind, self._encode(each.data)) for each in batch.events),
-            )
+            self._db.executemany(schema.INSERT_EVENT, map(self._event, batch.events))
             self._db.executemany(
                 schema.COUNT, ((state.value, by) for state, by in moved.items() if by)
             )
         return results
 
-    def prune_events(self, before_s: float, *, limit: int = 1000) -> int:
-        with self._transaction():
-            return self._db.execute(schema.PRUNE, (before_s, limit)).rowcount
+    def _event(self, event: Event) -> tuple[Any, ...]:
+        data = self._encode(event.data)
+        return event.job, event.at, event.kind, data, event_bytes(event, data)
+
+    def prune_events(
+        self, bounds: Bounds, now_s: float, *, after: int = 0, limit: int = 1000, dry: bool = False
+    ) -> Pruned:
+        looked = self._fetch(schema.LAST_LOOKED, after, limit)
+        if not looked:
+            return Pruned()
+        [(last, at, before)] = looked
+        [(newest, upto)] = self._fetch(schema.LAST_EVENT)
+        values = {
+            "after": after,
+            "last": last,
+            "before": -math.inf if bounds.age_s is None else now_s - bounds.age_s,
+            "to_id": -1 if bounds.count is None else newest - bounds.count,
+            "to_bytes": -math.inf if bounds.bytes is None else upto - bounds.bytes,
+        }
+        if dry:
+            with self._translated():
+                [(forgotten,)] = self._db.execute(schema.PRUNABLE, values).fetchall()
+        else:
+            with self._transaction():
+                forgotten = self._db.execute(schema.PRUNE, values).rowcount
+        more = out_of(bounds, now_s, at=at, newer=newest - last, bytes_from=upto - before)
+        return Pruned(forgotten=forgotten, next=last if more and last != newest else None)
 
     def active(self) -> tuple[Row, ...]:
         return self._rows(schema.ACTIVE)
@@ -279,8 +309,30 @@ class SqliteStore:
     def last_seq(self) -> int:
         return int(self._fetch(schema.LAST_SEQ)[0][0])
 
+    def kept(self, place: Place, *, limit: int, after: Kept | None = None) -> tuple[Kept, ...]:
+        at, job = (-math.inf, "") if after is None else after.order
+        return _kept(place, self._fetch(schema.OLDEST_KEPT, place.value, at, job, limit))
+
+    def newest_kept(
+        self, place: Place, *, limit: int, before: Kept | None = None
+    ) -> tuple[Kept, ...]:
+        at, job = (math.inf, "") if before is None else before.order
+        return _kept(place, self._fetch(schema.NEWEST_KEPT, place.value, at, job, limit))
+
+    def tally(self, place: Place) -> Tally:
+        [(count, size)] = self._fetch(schema.TALLY, place.value)
+        return Tally(count=count, bytes=size)
+
+    def past(self, *, limit: int, after: int = 0) -> tuple[Past, ...]:
+        found = self._fetch(schema.PAST, after, limit)
+        return tuple(Past(row=self._decoded(data), told=bool(told)) for data, told in found)
+
     def opened_cleanly(self) -> bool:
         return self._was_clean
+
+    def copy_to(self, target: Path, pause: Callable[[], object]) -> None:
+        with self._translated():
+            copy_journal(self._db, target, pause)
 
     def close(self, *, clean: bool = True) -> None:
         try:
@@ -298,6 +350,7 @@ class SqliteStore:
                     return False
                 moved[row.state] += 1
                 named = prompt_ids(row)
+                self._keep(kept_of(row))
             case Update(row=row, expected=expected):
                 old = self._replaceable(row, expected)
                 if old is None:
@@ -306,6 +359,8 @@ class SqliteStore:
                 moved[old.state] -= 1
                 moved[row.state] += 1
                 named = prompt_ids(row) - prompt_ids(old)
+                if not old.state.final:
+                    self._keep(kept_of(row))
             case Alias(name=name, job=job):
                 return bool(self._db.execute(schema.ALIAS, {"name": name, "job": job}).rowcount)
             case Raise(fence=fence):
@@ -316,9 +371,27 @@ class SqliteStore:
             case Remember(name=name, value=value):
                 self._db.execute(schema.REMEMBER, (name, self._encode(value)))
                 return True
+            case Keep(kept=kept):
+                return self._keep(kept)
+            case Drop(job=job):
+                return bool(self._db.execute(schema.DROP, (job,)).rowcount)
+            case Forget(job=job, version=version):
+                old = self.get(job)
+                if old is None or not may_forget(old, version):
+                    return False
+                for statement in (schema.UNNAME, schema.DROP, schema.FORGET):
+                    self._db.execute(statement, (job,))
+                moved[old.state] -= 1
+                return True
         for name in named:
             self._db.execute(schema.NAME, (name, row.job))
         return True
+
+    def _keep(self, kept: Kept | None) -> bool:
+        if kept is None:
+            return False
+        values = (kept.job, kept.place.value, kept.at, kept.bytes)
+        return bool(self._db.execute(schema.KEEP, values).rowcount)
 
     def _replaceable(self, row: Row, expected: int) -> Row | None:
         """The row that *row* may replace, or None."""
@@ -345,9 +418,11 @@ class SqliteStore:
         )
 
     def _rows(self, query: str, *values: object) -> tuple[Row, ...]:
-        found = self._fetch(query, *values)
+        return tuple(self._decoded(data) for (data,) in self._fetch(query, *values))
+
+    def _decoded(self, data: bytes) -> Row:
         try:
-            return tuple(self._decode(data) for (data,) in found)
+            return self._decode(data)
         except msgspec.DecodeError as error:
             damage = JournalDamaged(self._path, str(error))
             self._broken = str(damage)
@@ -394,6 +469,10 @@ class SqliteStore:
                     self._db.execute("ROLLBACK")
 
 
+def _kept(place: Place, found: Iterable[Any]) -> tuple[Kept, ...]:
+    return tuple(Kept(job=job, place=place, at=at, bytes=size) for job, at, size in found)
+
+
 def _inode(path: Path) -> int:
     """The inode of *path*, 0 if it is not there."""
     try:
@@ -410,7 +489,7 @@ def _story(data: bytes) -> dict[str, Any]:
         return {}
 
 
-def open_readonly(path: Path) -> Reads:
+def open_readonly(path: Path) -> SqliteStore:
     """Open the journal to read it while no daemon runs; the folder's lock must be held shared.
 
     Raises:

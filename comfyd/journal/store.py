@@ -7,13 +7,15 @@ every store to the same answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import msgspec
 
 from comfyd.core.facts import Candidates, Overdue
 from comfyd.core.model import Fence, JobId, PromptId, Row, State, Value
+from comfyd.core.retention import Bounds, Kept, Past, Place, Tally
 
 # Enough for a person to pick the right one; a longer answer would only be cut by the terminal.
 FOUND_MAX: Final = 20
@@ -98,7 +100,32 @@ class Remember(Value, frozen=True):
     value: Any
 
 
-Change = Insert | Update | Alias | Raise | Lift | Remember
+class Keep(Value, frozen=True):
+    """Note that a result lies in ``done/`` or ``failed/``; not applied if that is known.
+
+    Only for results without a row: those of rows are noted when the row becomes final.
+    """
+
+    kept: Kept
+
+
+class Drop(Value, frozen=True):
+    """The result of *job* is gone from its folder. Not applied if none was noted."""
+
+    job: JobId
+
+
+class Forget(Value, frozen=True):
+    """Remove the row of *job*, its names and the note of its result.
+
+    Not applied if its version is another one, it is not final and retired, or it has a key.
+    """
+
+    job: JobId
+    version: int
+
+
+Change = Insert | Update | Alias | Raise | Lift | Remember | Keep | Drop | Forget
 
 
 class Batch(Value, frozen=True):
@@ -110,6 +137,14 @@ class Batch(Value, frozen=True):
 
     changes: tuple[Change, ...] = ()
     events: tuple[Event, ...] = ()
+
+
+class Pruned(Value, frozen=True):
+    """Attributes: *forgotten* is how many events were; *next* where to go on, None if no more can
+    be out of bounds, as far as the times of events follow their order."""
+
+    forgotten: int = 0
+    next: int | None = None
 
 
 class Reads(Protocol):
@@ -194,6 +229,24 @@ class Reads(Protocol):
         """The highest seq ever given, 0 before the first."""
         ...
 
+    def kept(self, place: Place, *, limit: int, after: Kept | None = None) -> tuple[Kept, ...]:
+        """The oldest results in *place*, as far as is known, in ``Kept.order``; those after one."""
+        ...
+
+    def newest_kept(
+        self, place: Place, *, limit: int, before: Kept | None = None
+    ) -> tuple[Kept, ...]:
+        """The same from the other end: the newest first."""
+        ...
+
+    def tally(self, place: Place) -> Tally:
+        """How many results are known to be in *place*, and their size together."""
+        ...
+
+    def past(self, *, limit: int, after: int = 0) -> tuple[Past, ...]:
+        """The next *limit* rows after the seq *after*, in order, and whether each has a story."""
+        ...
+
     def opened_cleanly(self) -> bool:
         """Whether the owner before this one closed the journal; True for a new one."""
         ...
@@ -224,14 +277,35 @@ class Store(Reads, Protocol):
         """
         ...
 
-    def prune_events(self, before_s: float, *, limit: int = 1000) -> int:
-        """Forget events older than *before_s* (UTC), looking at the first *limit* ever written.
+    def prune_events(
+        self, bounds: Bounds, now_s: float, *, after: int = 0, limit: int = 1000, dry: bool = False
+    ) -> Pruned:
+        """Forget events that are out of *bounds*: in the order written, *limit* looked at.
 
-        Returns:
-          How many were forgotten; fewer than *limit* means that it is done for now.
+        The story of a job that is not final and retired is kept, whatever its age.
+
+        Args:
+          after: Where to begin: ``Pruned.next`` of the call before.
+          dry: Only count.
 
         Raises:
           DiskFull, JournalError: As for commit.
+
+        """
+        ...
+
+    def copy_to(self, target: Path, pause: Callable[[], object]) -> None:
+        """Copy the journal to the new file *target* (0600), whole and durable; a snapshot.
+
+        What is committed meanwhile is in it or not, but never in part. Whoever opens it as a
+        journal makes it whole from the spool first, for the spool has gone on.
+
+        Args:
+          pause: Called every few milliseconds; everything else may be done with the store in it.
+
+        Raises:
+          DiskFull, JournalError: *target* is removed.
+          FileExistsError: There is such a file.
 
         """
         ...
@@ -242,6 +316,37 @@ def may_replace(old: Row, new: Row) -> bool:
     if not old.state.final:
         return True
     return msgspec.structs.replace(old, retired=new.retired, version=new.version) == new
+
+
+def may_forget(row: Row | None, version: int) -> bool:
+    """Whether `Forget` applies to *row*."""
+    return (
+        row is not None
+        and row.version == version
+        and row.state.final
+        and row.retired
+        and row.key is None
+    )
+
+
+def event_bytes(event: Event, data: bytes) -> int:
+    """The size of *event* as far as bounds go; *data* is its data as stored."""
+    return len(event.job) + len(event.kind) + len(data)
+
+
+def out_of(bounds: Bounds, now_s: float, *, at: float, newer: int, bytes_from: int) -> bool:
+    """Whether an event is out of *bounds*.
+
+    Args:
+      newer: How many are newer, at most.
+      bytes_from: The size of it and all that are newer.
+
+    """
+    return (
+        (bounds.age_s is not None and at < now_s - bounds.age_s)
+        or (bounds.count is not None and newer >= bounds.count)
+        or (bounds.bytes is not None and bytes_from > bounds.bytes)
+    )
 
 
 def prompt_ids(row: Row) -> frozenset[str]:

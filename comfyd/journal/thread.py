@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -10,7 +12,8 @@ import trio
 
 from comfyd.core.facts import Candidates, Overdue
 from comfyd.core.model import Fence, JobId, Row, State
-from comfyd.journal.store import Batch, Event, Store
+from comfyd.core.retention import Bounds, Kept, Past, Place, Tally
+from comfyd.journal.store import Batch, Event, Pruned, Store
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -70,8 +73,27 @@ class Journal:
             self._on_commit(trio.current_time() - began_s)
         return results
 
-    async def prune_events(self, before_s: float, *, limit: int = 1000) -> int:
-        return await self._call(self._store.prune_events, before_s, limit=limit)
+    async def prune_events(
+        self, bounds: Bounds, now_s: float, *, after: int = 0, limit: int = 1000, dry: bool = False
+    ) -> Pruned:
+        prune = self._store.prune_events
+        return await self._call(prune, bounds, now_s, after=after, limit=limit, dry=dry)
+
+    async def copy_to(self, target: Path) -> None:
+        """See ``Store.copy_to``; other calls are answered meanwhile, between two pieces."""
+
+        async def let_others() -> None:
+            self._turn.release_on_behalf_of(turn)
+            await self._turn.acquire_on_behalf_of(turn)
+
+        turn = object()  # the copy has the store, but for its pauses
+        with trio.CancelScope(shield=True):
+            await self._turn.acquire_on_behalf_of(turn)
+            try:
+                pause = partial(trio.from_thread.run, let_others)
+                await trio.to_thread.run_sync(self._store.copy_to, target, pause)
+            finally:
+                self._turn.release_on_behalf_of(turn)
 
     async def active(self) -> tuple[Row, ...]:
         return await self._call(self._store.active)
@@ -113,6 +135,22 @@ class Journal:
 
     async def without_rows(self, jobs: Iterable[JobId]) -> set[JobId]:
         return await self._call(self._store.without_rows, jobs)
+
+    async def kept(
+        self, place: Place, *, limit: int, after: Kept | None = None
+    ) -> tuple[Kept, ...]:
+        return await self._call(self._store.kept, place, limit=limit, after=after)
+
+    async def newest_kept(
+        self, place: Place, *, limit: int, before: Kept | None = None
+    ) -> tuple[Kept, ...]:
+        return await self._call(self._store.newest_kept, place, limit=limit, before=before)
+
+    async def tally(self, place: Place) -> Tally:
+        return await self._call(self._store.tally, place)
+
+    async def past(self, *, limit: int, after: int = 0) -> tuple[Past, ...]:
+        return await self._call(self._store.past, limit=limit, after=after)
 
     async def last_seq(self) -> int:
         return await self._call(self._store.last_seq)

@@ -1,6 +1,7 @@
 """Rebuilding the journal, when it is new but the folders show that there was one.
 
-Runs once at start, before anything else, and ends by writing that the journal is whole; a crash on
+A snapshot that was put back is carried on in the same way: the spool has gone on without it. Runs
+once at start, before anything else, and ends by writing that the journal is whole; a crash on
 the way makes the next start begin again. What follows from what is found is decided in
 ``comfyd.core.rebuild``.
 """
@@ -26,12 +27,13 @@ from comfyd import sdnotify
 from comfyd.comfyui.client import Client
 from comfyd.config import Config
 from comfyd.core import rebuild as core
-from comfyd.core.model import JobId, Row, ServerName
-from comfyd.core.rebuild import Found, Result, Seen
+from comfyd.core.model import JobId, Row, ServerName, State
+from comfyd.core.rebuild import Found, Lying, Result, Seen
+from comfyd.core.retention import Kept, Place, minted_s
 from comfyd.core.wire import QueueItem
 from comfyd.errors import ServerError, ServerRefused
 from comfyd.journal.schema import WHOLE
-from comfyd.journal.store import Batch, Change, Event, Insert, Raise, Remember
+from comfyd.journal.store import Batch, Change, Event, Insert, Keep, Raise, Remember, Update
 from comfyd.journal.thread import Journal
 from comfyd.services.clock import Clock
 from comfyd.services.link import client_of
@@ -54,6 +56,7 @@ class _Folders:
     """What lies in the spool, by job. Names only: some hundred bytes a job."""
 
     claimed: dict[JobId, str] = field(default_factory=dict)  # its file's name
+    stages: set[JobId] = field(default_factory=set)  # complete or not
     staged: dict[JobId, Path] = field(default_factory=dict)  # its manifest
     published: dict[JobId, Path] = field(default_factory=dict)
 
@@ -62,6 +65,16 @@ class _Folders:
         due = self.claimed.keys() | self.staged.keys()
         over = (job for job in self.published if job not in due)
         return sorted([*due, *heapq.nlargest(RESULTS, over, core.arrival)], key=core.arrival)
+
+    def lying(self, job: JobId) -> Lying:
+        """What lies of *job*. Blocking: reads its manifest, if there is one."""
+        published, staged = self.published.get(job), self.staged.get(job)
+        return Lying(
+            claimed=job in self.claimed,
+            stage=job in self.stages,
+            published=None if published is None else _read(published),
+            staged=None if staged is None else _read(staged),
+        )
 
     def unpublished(self) -> set[JobId]:
         return {job for job in self.claimed if job not in self.published}
@@ -97,21 +110,26 @@ async def rebuild(config: Config, spool: Spool, clock: Clock, journal: Journal) 
         return
     folders = await trio.to_thread.run_sync(_list, spool)
     jobs = folders.jobs()
-    if jobs:
+    known = sum(jobs for state, jobs in (await journal.counts()).items() if not state.final)
+    if jobs or known:
         unpublished = await journal.without_rows(folders.unpublished())
         _log.error(
             "journal_rebuilding",
-            problem="the journal does not know of the jobs in the spool: it was lost",
+            problem="the journal may not know of the jobs in the spool: it was lost, or put back",
             claimed=len(folders.claimed),
             results=len(folders.published),
         )
         answers = _Answers()
-        if unpublished:
+        if unpublished or known:
             grace_s = config.audit.lost_grace_s
             _tell("Rebuilding the journal: asking the servers.", (1 + PATIENCE) * grace_s)
             answers = await _ask_all(config, folders.claimed.keys())
+        carried_on = await _carry_on(clock, journal, folders, answers)
         counts = await _write(config, spool, clock, journal, folders, answers)
-        _log.warning("journal_rebuilt", silent_servers=answers.silent, **counts)
+        await _keep(journal, folders)
+        _log.warning(
+            "journal_rebuilt", silent_servers=answers.silent, carried_on=carried_on, **counts
+        )
     await journal.commit(Batch(changes=(Remember(name=WHOLE, value=True),)))
 
 
@@ -136,6 +154,7 @@ def _list(spool: Spool) -> _Folders:
                 folders.published[JobId(name)] = place / name / MANIFESTS[place.name]
     for name in os.listdir(spool.stage):
         if is_job_id(name) and name not in folders.published:
+            folders.stages.add(JobId(name))
             for manifest in MANIFESTS.values():
                 if (spool.stage / name / manifest).is_file():
                     folders.staged[JobId(name)] = spool.stage / name / manifest
@@ -246,6 +265,55 @@ async def _look(
 
 
 # --- rows ----------------------------------------------------------------------------------------
+
+
+async def _carry_on(clock: Clock, journal: Journal, folders: _Folders, answers: _Answers) -> int:
+    """Bring the rows that are there up to date; how many were changed."""
+    changed = 0
+    active = await journal.active()
+    for at in range(0, len(active), BATCH):
+        page = active[at : at + BATCH]
+        changed += await _carry_on_page(clock, journal, folders, answers, page)
+    for state in (State.QUEUED, State.HELD):
+        after: int | None = None
+        while page := await journal.rows(state, limit=BATCH, after=after):
+            after = page[-1].seq
+            changed += await _carry_on_page(clock, journal, folders, answers, page)
+    return changed
+
+
+async def _carry_on_page(
+    clock: Clock, journal: Journal, folders: _Folders, answers: _Answers, page: tuple[Row, ...]
+) -> int:
+    now_s = clock.now_s()
+    lying = await trio.to_thread.run_sync(lambda: [folders.lying(row.job) for row in page])
+    changes: list[Change] = []
+    events: list[Event] = []
+    for row, there in zip(page, lying, strict=True):
+        found = answers.of(row.job)
+        new = core.carried_on(row, there, found, all_asked=not answers.silent, now_s=now_s)
+        if new is not row:
+            changes.append(Update(row=new, expected=row.version))
+            told = {"state": new.state.value}
+            events.append(Event(job=row.job, at=now_s, kind="rebuilt", data=told))
+        changes += [Raise(fence=fence) for fence in core.fences_since(new, row, found)]
+    await journal.commit(Batch(changes=tuple(changes), events=tuple(events)))
+    return len(events)
+
+
+async def _keep(journal: Journal, folders: _Folders) -> None:
+    """Note the results of jobs without rows, for retention: their age is that of their ids."""
+    jobs = list(folders.published)
+    for at in range(0, len(jobs), BATCH):
+        results = [
+            Kept(
+                job=job,
+                place=Place(folders.published[job].parent.parent.name),
+                at=minted_s(job) or 0.0,
+            )
+            for job in jobs[at : at + BATCH]
+        ]
+        await journal.commit(Batch(changes=tuple(Keep(kept=kept) for kept in results)))
 
 
 async def _write(

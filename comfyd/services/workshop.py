@@ -32,6 +32,7 @@ from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
 from comfyd.services.space import Space
+from comfyd.services.unit import restart_unit
 from comfyd.spool.delivery import retire
 from comfyd.spool.layout import Spool
 
@@ -82,13 +83,18 @@ class Workshop:
             min_free_bytes=config.outputs.min_free_bytes,
             include_temp=config.outputs.include_temp,
         )
+        self._units = {ServerName(s.name): s.restart_unit or "" for s in config.servers}
         self._space = space
         self._short: dict[JobId, int] = {}
         self._fetches = trio.CapacityLimiter(FETCHES)
         self._collects = trio.CapacityLimiter(COLLECTS)
 
-    def perform(self, order: orders.JobOrder | orders.Fence) -> None:
+    def perform(self, order: orders.JobOrder | orders.Fence | orders.Restart) -> None:
         """Start on *order*; its answer goes to the inbox."""
+        if isinstance(order, orders.Restart):
+            unit = self._units[order.server]
+            self._nursery.start_soon(self._restart, order, unit)
+            return
         if isinstance(order, orders.Fence):  # only given for servers that are configured
             self._links[order.fence.server].prober.ask(order)
             return
@@ -97,6 +103,10 @@ class Workshop:
             link.prober.ask(order)
         else:
             self._nursery.start_soon(self._carry_out, order, link)
+
+    async def _restart(self, order: orders.Restart, unit: str) -> None:
+        result = await restart_unit(order.server, unit, order.why)
+        self._metrics.server_restart(order.server, result)
 
     def absorb(self, absorbed: Absorbed) -> None:
         """Start on clearing away a drop that is another job: no row of its own will do that."""

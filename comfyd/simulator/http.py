@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -166,6 +167,7 @@ async def _next_event(stream: trio.abc.Stream, connection: h11.Connection) -> h1
 
 async def _send(stream: trio.abc.Stream, connection: h11.Connection, response: Response) -> None:
     headers = {"Server": "comfyd-simulator", "Content-Length": str(len(response.body))}
+    headers["Date"] = formatdate(usegmt=True)
     if response.content_type is not None:
         headers["Content-Type"] = response.content_type
     headers |= response.headers

@@ -366,7 +366,8 @@ def reap(spool: Spool, active_jobs: Container[JobId]) -> list[JobId]:
                 continue
             path = spool.stage / entry
             payload = path / PAYLOAD
-            if not path.is_symlink() and os.path.lexists(payload):
+            # What begins with a dot is a copy, or a result that was being removed: its job is over.
+            if not entry.startswith(".") and not path.is_symlink() and os.path.lexists(payload):
                 payload.rename(spool.claimed / f"{job}.json")
                 fsync_dir(spool.claimed)
             _wipe(path)

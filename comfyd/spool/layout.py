@@ -87,7 +87,7 @@ class Spool:
                 _make(self.root, 0o755)
                 for name in MODES:
                     self.make(name)
-                self._try_moves()
+                self.try_moves()
             except OSError as error:
                 if error.errno in _FULL:
                     raise
@@ -103,8 +103,26 @@ class Spool:
         if not mode & stat.S_IWGRP:
             _check_private(path)
 
-    def _try_moves(self) -> None:
-        """Take every way a job can take; done/ and failed/ backwards, so no consumer wakes up."""
+    def check_private(self) -> None:
+        """See to it that nobody else may write where only the daemon should.
+
+        Raises:
+          ConfigError: Somebody may; says where and what to do.
+
+        """
+        _check_private(self.root)
+        for name, mode in MODES.items():
+            if not mode & stat.S_IWGRP:
+                _check_private(self.root / name)
+
+    def try_moves(self) -> None:
+        """Take every way a job can take; done/ and failed/ backwards, so no consumer wakes up.
+
+        Raises:
+          ConfigError: Others may write where only the daemon should.
+          OSError: One of them cannot be taken.
+
+        """
         _check_private(self.root)
         for start in (self.new, self.claimed, self.done, self.failed):
             tries = 0

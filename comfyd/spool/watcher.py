@@ -36,6 +36,22 @@ _WATCHED: Final = _TAKE | flags.DELETE_SELF | flags.MOVE_SELF | flags.ONLYDIR | 
 _log = structlog.get_logger("comfyd.spool")
 
 
+def why_no_events(folder: Path) -> str:
+    """Why the kernel would tell nothing of *folder*, "" if it would. Blocking, for a moment.
+
+    Raises:
+      OSError: There is no such folder.
+
+    """
+    folder.stat()
+    try:
+        with INotify(nonblocking=True) as trial:
+            trial.add_watch(folder, _WATCHED)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
 class Doorbell:
     """An inotify watch of ``new/``, put up again when the folder is replaced.
 

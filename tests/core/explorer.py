@@ -79,6 +79,8 @@ class Scene:
       down: Servers that come up later.
       busy: Servers where somebody else's prompt runs; for ever, if it is *endless*.
       queue_s, run_s, stall_s: The jobs' deadlines, if they have any.
+      restart_every_s: How often a wedged server may be restarted; where prompts wait, a dead one
+        then never revives by itself.
 
     """
 
@@ -89,6 +91,7 @@ class Scene:
     queue_s: float | None = None
     run_s: float | None = None
     stall_s: float | None = None
+    restart_every_s: float | None = None
 
 
 PLAIN = Scene()
@@ -112,11 +115,14 @@ class World:
         self.ghosts: tuple[tuple[Row, float], ...] = ()  # POSTs of a dead daemon, until when
         self.claimed, self.stage, self.there = frozenset(jobs), frozenset[str](), frozenset[str]()
         self.delivered, self.runs = Counter[str](), Counter[str]()
+        self.restarted: dict[str, float] = {}
+        self.forgotten = frozenset[str]()  # by retention: over, and taken away
 
     def fork(self) -> World:
         new = copy.copy(self)
         for name in ("sims", "budget", "store", "fences", "settings", "delivered", "runs"):
             setattr(new, name, copy.copy(getattr(self, name)))
+        new.restarted = dict(self.restarted)
         new.engine = self.engine and self.engine.fork()
         return new
 
@@ -135,7 +141,11 @@ class World:
     def loaded(self, *, crashed: bool) -> engines.Engine:
         """An engine that knows what the journal does."""
         window = self.scene.window
-        servers = [Server(name=ServerName(n), origin=n, window=window) for n in self.sims]
+        every_s = self.scene.restart_every_s
+        servers = [
+            Server(name=ServerName(n), origin=n, window=window, restart_every_s=every_s)
+            for n in self.sims
+        ]
         engine = engines.Engine(servers, POLICY, Counter(r.state for r in self.store.values()))
         idle = {State.QUEUED, State.HELD}
         rows = [r for r in self.store.values() if r.state not in idle and not r.retired]
@@ -170,6 +180,8 @@ class World:
             old = self.store.get(change.row.job)
             assert (old.version if old else None) == change.expected, "compare-and-set"
             self.store[change.row.job] = change.row
+        states = Counter(row.state for row in self.store.values())
+        assert +self.engine.counts == states, "counted wrong"
         self.fences |= {fence.prompt_id: fence for fence in batch.raised}
         for prompt_id in batch.lifted:
             del self.fences[prompt_id]
@@ -269,6 +281,11 @@ class World:
             self.tell(facts.Disconnected(server=ServerName(name), cause="closed"))
             self.connect(name)
 
+    def obey(self, name: str) -> None:
+        """The unit is restarted, as ordered."""
+        self.restarted[name] = self.now_s
+        self.restart(name)
+
     def post(self, row: Row) -> None:
         now = self.store[row.job]
         intended = now.state is State.SUBMITTING and now.prompt_id == row.prompt_id
@@ -285,6 +302,12 @@ class World:
             if self.sims[name].presence(pid) is Presence.RUNNING and interrupt:
                 self.end(name, End.INTERRUPTED)
         return self.sims[name].presence(pid)
+
+    def forget(self, name: str) -> None:
+        """Retention: the row of a job that is over, and whose result is gone, goes."""
+        row = self.store.pop(name)
+        self.forgotten |= {name}
+        self.tell(facts.Forgotten(states=(row.state,)))
 
     def rename(self, job: str) -> None:
         assert self.store[job].state is State.PUBLISHING, "rename without its commit"
@@ -309,6 +332,14 @@ class World:
             local = [item for item in self.work if isinstance(item[1], LOCAL)][:1]
             for item in local or self.work:
                 rest = tuple(other for other in self.work if other is not item)
+                if isinstance(item[1], orders.Restart):
+                    name = item[1].server
+                    at_s = self.restarted.get(name, -math.inf)
+                    again_s = at_s + (self.scene.restart_every_s or math.inf)
+                    assert self.now_s >= again_s or at_s == -math.inf, "restarted too often"
+                    done = lambda w: (setattr(w, "work", rest), w.obey(name))  # noqa: E731
+                    yield f"restart {name}", done, None
+                    continue
                 about = item[1].fence if isinstance(item[1], orders.Fence) else item[1].row
                 sim = Sim() if about.server is None else self.sims[about.server]
                 goes = refused if sim.off else into_the_void if sim.hung else carry_out
@@ -324,13 +355,19 @@ class World:
                     queue_by=None if late_s is None else self.now_s + late_s,
                     timeouts=Timeouts(run_s=scene.run_s, stall_s=scene.stall_s),
                 )
-                if name not in self.store and len(self.store) == seq:  # in their order
+                known = len(self.store) + len(self.forgotten)
+                if name in self.forgotten:
+                    asked = facts.CancelAsked(job=row.job)
+                    yield f"cancel {name}", lambda w: w.tell(asked), "cancel"
+                elif name not in self.store and known == seq:  # in their order
                     yield f"claim {name}", lambda w: w.tell(facts.Claimed(row=row)), None
                 elif name in self.store:
                     asked = facts.CancelAsked(job=row.job)
                     yield f"cancel {name}", lambda w: w.tell(asked), "cancel"
                     hold = facts.HoldAsked(job=row.job, reason="asked")
                     yield f"hold {name}", lambda w: w.tell(hold), "hold"
+                    if self.store[name].retired and name not in self.fenced():
+                        yield f"forget {name}", lambda w: w.forget(name), "retention"
                     if self.store[name].state is State.HELD:
                         release = facts.ReleaseAsked(job=row.job)
                         yield f"release {name}", lambda w: w.tell(release), None
@@ -340,7 +377,9 @@ class World:
             for fact in self.echo:
                 yield "echo", lambda w: (setattr(w, "echo", ()), w.tell(fact)), "echo"
             deadline_s = self.engine.next_deadline_s()
-            if deadline_s < float("inf"):
+            # A restart ends before its server may be restarted again (services/unit.py).
+            restarting = any(isinstance(item[1], orders.Restart) for item in self.work)
+            if deadline_s < float("inf") and not restarting:
                 yield "tick", lambda w: w.tick(deadline_s), None
             if self.engine.space:
                 yield "full", lambda w: w.tell(facts.SpaceSeen(enough=False)), "full"
@@ -367,6 +406,9 @@ class World:
             if sim.hung:
                 yield f"{name} wakes", lambda w: w.wake(name), None
                 continue
+            restarted = self.scene.restart_every_s is not None and self.engine is not None
+            if sim.dead and sim.pending and sim.running is None and restarted:
+                continue  # that is for us to find out and to mend
             if sim.dead:
                 yield f"{name} revives", lambda w: w.restart(name), None
                 continue
@@ -393,14 +435,22 @@ class World:
 
     def shown(self) -> frozenset[str]:
         """What a consumer may take while it still matters: until the publication is committed."""
-        return frozenset(n for n in self.there if self.store[n].state is State.PUBLISHING)
+        rows = {name: self.store[name] for name in self.there if name in self.store}
+        return frozenset(name for name in rows if rows[name].state is State.PUBLISHING)
+
+    def fenced(self) -> set[str]:
+        return {fence.job for fence in self.fences.values()}
 
     def finished(self) -> bool:
-        return not self.claimed and all(self.store[name].state.final for name in self.names)
+        return not self.claimed and all(map(self.over, self.names))
+
+    def over(self, name: str) -> bool:
+        return name in self.forgotten or (name in self.store and self.store[name].state.final)
 
     def check(self) -> None:
         for name in self.names:
-            final = name in self.store and self.store[name].state.final
+            final = self.over(name)
+            assert name not in self.forgotten or name not in self.store, f"{name} came back"
             assert self.delivered[name] <= 1, f"{name} was delivered twice"
             assert final or name in self.claimed, f"the claimed file of {name} is gone"
             assert self.delivered[name] or not final, f"{name} is final but not delivered"
@@ -422,6 +472,8 @@ class World:
         def token(o: Any) -> tuple[object, ...]:
             if isinstance(o, orders.Fence):
                 return (o.fence.prompt_id,)
+            if isinstance(o, orders.Restart):
+                return (o.server,)
             t: facts.Token = o.token
             job = self.engine and self.engine.jobs.get(t.job)
             return (t.job, t.attempt, job and min(job.live.seq - t.seq, 2))
@@ -435,7 +487,8 @@ class World:
             for v in [job.live]]
         servers = [
             (s.client_id, s.failures, off(s.closed_until_s), off(s.listen_by_s), s.up, s.draining,
-             s.wedged, off(s.idle_since_s, 2), off(s.unfit_since_s, 4), s.strikes)
+             s.wedged, off(s.idle_since_s, 2), off(s.unfit_since_s, 4), s.strikes,
+             off(s.restart_s) if s.restart_every_s is not None else None)
             for s in (self.engine.servers.values() if self.engine else ())]
         watches = [
             (w.fence.prompt_id, w.asked, off(w.look_s), off(w.absent_s, 2), off(w.alive_s, 1),
@@ -444,10 +497,14 @@ class World:
         work = sorted((at, type(o).__name__, token(o), str(q)) for at, o, q in self.work)
         return (tuple(memory), tuple(servers), tuple(watches), tuple(work), self.faults,
                 tuple(self.sims.values()), self.engine and self.engine.space, tuple(self.fences),
-                str(self.settings),
+                str({name: value for name, value in self.settings.items() if name != "restarted"}),
+                tuple((name, off(at_s, self.scene.restart_every_s or 0.0)) for times in
+                      (self.settings.get("restarted", {}), self.restarted)
+                      for name, at_s in sorted(times.items())),
                 tuple((name, row(r)) for name, r in sorted(self.store.items())),
                 tuple((g.prompt_id, off(until_s)) for g, until_s in self.ghosts),
                 frozenset((h.prompt_id, h.sign) for h in self.wire), self.claimed, self.stage,
+                self.forgotten,
                 tuple((type(a), token(a)) for a in self.echo), self.shown(),
                 tuple(sorted(self.delivered.items())))
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 
 import pytest
+from msgspec.structs import replace
 
 from comfyd.core import rebuild, rules
 from comfyd.core.job import Ask, Job, Live
@@ -190,3 +191,98 @@ def test_a_prompt_is_ours_by_its_mark_and_its_id_together(prompt_id, tag, expect
 def test_jobs_are_sorted_by_the_time_in_their_ids():
     jobs = [JobId(f"{stem}.01K{end:0>23}") for stem, end in (("a", "3"), ("c", "1"), ("b", "2"))]
     assert [job[0] for job in sorted(jobs, key=rebuild.arrival)] == ["c", "b", "a"]
+
+
+# --- a snapshot that was put back ----------------------------------------------------------------
+
+SNAP = Row(
+    job=J, seq=3, version=4, state=State.SUBMITTED, payload=f"{J}.json", sha256="ab", attempt=1,
+    server=ServerName("local"), origin="http://local", prompt_id=prompt_id_of(J, 1), client_id="c",
+    submitted_at=20.0, claimed_at=10.0, priority=3, key="nightly",
+)  # fmt: skip
+CLAIMED = rebuild.Lying(claimed=True)
+
+
+def found_at(attempt, seen=Seen.RUNNING, server="local"):
+    name = ServerName(server)
+    return Found(job=J, attempt=attempt, server=name, origin=f"http://{server}", seen=seen)
+
+
+def carried_on(row, lying, *found, all_asked=True):
+    new = rebuild.carried_on(row, lying, found, all_asked=all_asked, now_s=99.0)
+    if not new.state.final:
+        rules.check(None, Job(new, Live(heard_s=0.0, since_s=0.0, order=Ask.PROBE)))
+    assert new is row or new.version == row.version + 1
+    assert (new.job, new.seq, new.key) == (row.job, row.seq, row.key)
+    return new
+
+
+@pytest.mark.parametrize(
+    ("row", "lying", "found"),
+    [
+        (SNAP, CLAIMED, [found_at(1)]),
+        (SNAP, CLAIMED, []),  # it is looked for again, by the usual rules
+        (SNAP, rebuild.Lying(claimed=True, stage=True), [found_at(1, Seen.FINISHED)]),
+        (FIRST, CLAIMED, []),
+        (replace(FIRST, state=State.HELD, held="asked"), CLAIMED, []),
+        (replace(FIRST, attempt=2), CLAIMED, [found_at(2, Seen.FINISHED)]),  # known of, and over
+        (replace(DONE, state=State.DONE), rebuild.Lying(), []),
+    ],
+)
+def test_what_is_as_it_was_stays_as_it_is(row, lying, found):
+    assert carried_on(row, lying, *found) is row
+
+
+@pytest.mark.parametrize("state", [s for s in State if not s.final])
+@pytest.mark.parametrize("claimed", [True, False])
+def test_what_was_published_since_is_over(state, claimed):
+    row = replace(SNAP, state=state)
+    lying = rebuild.Lying(claimed=claimed, stage=False, published=result_of(DONE))
+    new = carried_on(row, lying, found_at(5))
+    assert (new.state, new.retired, new.attempt) == (State.DONE, not claimed, 2)
+
+
+@pytest.mark.parametrize("state", [s for s in State if not s.final])
+def test_what_lies_nowhere_any_more_has_ended_and_is_never_run_again(state):
+    new = carried_on(replace(SNAP, state=state), rebuild.Lying(), found_at(1), found_at(7))
+    assert (new.state, new.retired) == (State.DONE, True)
+    assert new.outcome is not None
+    assert "taken away" in new.outcome.message
+
+
+def test_what_could_not_be_read_and_lies_in_its_stage_is_not_over():
+    row = replace(SNAP, state=State.COLLECTING, attempt=0, outcome=FAILED.outcome, prompt_id=None)
+    assert carried_on(row, rebuild.Lying(stage=True)) is row
+
+
+def test_what_is_complete_in_its_stage_is_published():
+    lying = rebuild.Lying(claimed=True, stage=True, staged=result_of(DONE))
+    new = carried_on(SNAP, lying)
+    assert (new.state, new.attempt) == (State.PUBLISHING, 2)
+
+
+@pytest.mark.parametrize(
+    "state", [State.QUEUED, State.HELD, State.SUBMITTED, State.STOPPING, State.COLLECTING]
+)
+def test_an_attempt_that_was_made_since_is_followed(state):
+    row = replace(SNAP, state=state, why=FAILED.outcome, outcome=FAILED.outcome, held="asked")
+    new = carried_on(row, CLAIMED, found_at(1, Seen.FINISHED), found_at(3, server="other"))
+    assert (new.state, new.attempt, new.server) == (State.SUBMITTED, 3, "other")
+    assert new.prompt_id == prompt_id_of(J, 3)
+    assert (new.why, new.outcome, new.held, new.charged) == (None, None, "", row.charged)
+
+
+@pytest.mark.parametrize("state", [State.QUEUED, State.HELD])
+def test_a_silent_server_may_hold_later_attempts(state):
+    row = replace(FIRST, state=state, attempt=2, held="asked" if state is State.HELD else "")
+    new = carried_on(row, CLAIMED, all_asked=False)
+    assert (new.state, new.attempt) == (state, UNASKED_ATTEMPTS)
+    assert carried_on(new, CLAIMED, all_asked=False) is new
+
+
+def test_only_what_is_not_dealt_with_yet_is_fenced():
+    known, stray = found_at(1, Seen.FINISHED), found_at(2, Seen.RUNNING, "other")
+    new = carried_on(replace(SNAP, attempt=1), CLAIMED, known, stray, found_at(3))
+    assert new.attempt == 3
+    fences = rebuild.fences_since(new, SNAP, [known, stray, found_at(3)])
+    assert [(fence.prompt_id, fence.server) for fence in fences] == [(prompt_id_of(J, 2), "other")]

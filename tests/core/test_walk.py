@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import islice
 
@@ -22,7 +23,7 @@ from tests.core.explorer import POLICY, Scene, World
 FAULTS = (
     "crash", "loss", "restart", "deaf", "drop", "evict", "echo", "cancel", "error", "missing",
     "partial", "hang", "off", "forget", "reject", "zombie", "stubborn", "hold", "drain", "full",
-    "disk", "conflict",
+    "disk", "conflict", "retention",
 )  # fmt: skip
 STEPS = 400  # with faults; then the world is let alone
 END = 20_000  # steps by which every job must have ended
@@ -31,7 +32,7 @@ END = 20_000  # steps by which every job must have ended
 class Walk(World):
     """A world where facts come in batches and nobody is woken on the dot."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, faults: Collection[str] = FAULTS) -> None:
         self.chance = chance = random.Random(seed)
         servers = "STU"[: chance.randint(1, 3)]
         scene = Scene(
@@ -43,7 +44,8 @@ class Walk(World):
             stall_s=chance.choice([None, 2.9]),
         )
         jobs = "abcdefghijklmnopqr"[: chance.randint(1, 18)]
-        super().__init__(jobs, servers, dict.fromkeys(FAULTS, 3), 24, scene)
+        budget = {fault: 3 * (fault in faults) for fault in FAULTS}
+        super().__init__(jobs, servers, budget, 24, scene)
         self.now_s += chance.random()
         self.told = False
 
@@ -119,9 +121,9 @@ class Walk(World):
         return label
 
 
-def walk_to_the_end(seed: int) -> None:
+def walk_to_the_end(seed: int, faults: Collection[str] = FAULTS) -> None:
     """Raises AssertionError, with the way there, if a rule is broken or a job never ends."""
-    walk, trace = Walk(seed), ["begin"]
+    walk, trace = Walk(seed, faults), ["begin"]
     try:
         for step in range(END):
             trace.append("?")
@@ -134,9 +136,9 @@ def walk_to_the_end(seed: int) -> None:
         raise AssertionError(f"{error!r} after {' > '.join(trace[-60:])}") from error
 
 
-def walk_all() -> None:
+def walk_all(faults: Collection[str] = FAULTS) -> None:
     for seed in range(100):
-        walk_to_the_end(seed)
+        walk_to_the_end(seed, faults)
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -145,16 +147,28 @@ def test_every_job_ends_exactly_once(seed):
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "bug", "found"),
+    ("where", "name", "bug", "faults", "found"),
     [
-        (submitted, "given_up", lambda row: row.abandoned, "an older attempt is alive"),
-        (Fleet, "watch", lambda fleet, fence: None, "may still run"),
-        (wakes, "wake_s", lambda job, policy: math.inf, "never ends|not every job has ended"),
+        (
+            submitted,
+            "given_up",
+            lambda row: row.abandoned,
+            ("forget", "hang"),
+            "an older attempt is alive",
+        ),
+        (Fleet, "watch", lambda fleet, fence: None, FAULTS, "may still run"),
+        (
+            wakes,
+            "wake_s",
+            lambda job, policy: math.inf,
+            FAULTS,
+            "never ends|not every job has ended",
+        ),
     ],
     ids=["given up in silence", "a fence that nobody heeds", "nobody is ever woken"],
 )
-def test_a_walk_finds_what_is_wrong(monkeypatch, where, name, bug, found):
+def test_a_walk_finds_what_is_wrong(monkeypatch, where, name, bug, faults, found):
     monkeypatch.setattr(where, name, bug)
     monkeypatch.setattr("tests.core.test_walk.END", 3000)
     with pytest.raises(AssertionError, match=found):
-        walk_all()
+        walk_all(faults)

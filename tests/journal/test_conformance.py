@@ -24,9 +24,22 @@ from comfyd.core.model import (
     State,
     prompt_id_of,
 )
+from comfyd.core.retention import Bounds, Kept, Place
 from comfyd.journal.memory import MemoryStore
 from comfyd.journal.sqlite import SqliteStore, open_readonly
-from comfyd.journal.store import Alias, Batch, Event, Insert, Lift, Raise, Remember, Update
+from comfyd.journal.store import (
+    Alias,
+    Batch,
+    Drop,
+    Event,
+    Forget,
+    Insert,
+    Keep,
+    Lift,
+    Raise,
+    Remember,
+    Update,
+)
 
 # Few and alike, so that ids collide, begin alike and share a stem.
 JOBS = [JobId(name) for name in ("fox.01A", "fox.01B", "fox", "foxes.01A", "a_b.01C")]
@@ -115,7 +128,18 @@ fences = st.builds(
     server=st.sampled_from(["local", "other"]),
     origin=st.just("http://x"),
 )
+kept = st.builds(
+    Kept,
+    job=st.sampled_from([*JOBS, *NAMES]),
+    place=st.sampled_from(Place),
+    at=st.sampled_from(TIMES),
+    bytes=st.integers(0, 3),
+)
+few = st.none() | st.integers(0, 4)
 others = st.one_of(
+    st.builds(Keep, kept=kept),
+    st.builds(Drop, job=st.sampled_from([*JOBS, *NAMES])),
+    st.builds(Forget, job=st.sampled_from(JOBS), version=st.integers(0, 3)),
     st.builds(Raise, fence=fences),
     fences.map(lambda fence: Lift(prompt_id=fence.prompt_id)),
     st.builds(Remember, name=st.sampled_from(["paused", "draining"]), value=json_values),
@@ -184,10 +208,29 @@ class Conformance(RuleBasedStateMachine):
         following = st.one_of(same, same, *not_applied)
         return following.map(lambda row: Update(row=row, expected=row.version - 1))
 
-    @rule(before_s=st.sampled_from(TIMES), limit=st.integers(1, 5))
-    def prune(self, before_s, limit):
-        forgotten = self.store.prune_events(before_s, limit=limit)
-        assert forgotten == self.model.prune_events(before_s, limit=limit)
+    @rule(
+        bounds=st.builds(
+            Bounds,
+            age_s=st.none() | st.sampled_from(TIMES),
+            count=few,
+            bytes=st.none() | st.integers(0, 60),
+        ),
+        limit=st.integers(1, 5),
+        after=st.integers(0, 3),
+        dry=st.booleans(),
+    )
+    def prune(self, bounds, limit, after, dry):
+        asked = (bounds, 30.0)
+        pruned = self.store.prune_events(*asked, after=after, limit=limit, dry=dry)
+        assert pruned == self.model.prune_events(*asked, after=after, limit=limit, dry=dry)
+
+    @precondition(lambda self: self.model.rows_by_job)
+    @rule(data=st.data())
+    def forget(self, data):
+        """Of a row as it is: it applies often enough to be seen."""
+        row = data.draw(st.sampled_from(list(self.model.rows_by_job.values())))
+        batch = Batch(changes=(Forget(job=row.job, version=row.version),))
+        assert self.store.commit(batch) == self.model.commit(batch)
 
     @rule(clean=st.booleans())
     def reopen(self, clean):
@@ -233,6 +276,18 @@ class Conformance(RuleBasedStateMachine):
         for job in (*JOBS, *NAMES):
             assert store.get(job) == model.get(job)
             assert store.events(job) == model.events(job)
+        for place in Place:
+            assert store.tally(place) == model.tally(place)
+            every = store.kept(place, limit=9)
+            assert every == model.kept(place, limit=9)
+            assert store.newest_kept(place, limit=9) == every[::-1]
+            for one in every:
+                assert store.kept(place, limit=1, after=one) == every[every.index(one) + 1 :][:1]
+                assert store.newest_kept(place, limit=9, before=one) == (
+                    model.newest_kept(place, limit=9, before=one)
+                )
+        for after in (0, 3):
+            assert store.past(limit=2, after=after) == model.past(limit=2, after=after)
         for key in (*KEYS, "none"):
             assert store.keyed(key) == model.keyed(key)
         for text in SEARCHES:

@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from comfyd.core.model import Fence, JobId, PromptId, Row, ServerName, State
+from comfyd.core.retention import Kept, Place, Tally
 from comfyd.errors import JournalDamaged, JournalError, JournalTooNew, SpoolBusy
 from comfyd.journal import schema
 from comfyd.journal.quarantine import open_or_begin_anew
@@ -249,14 +250,25 @@ def test_a_journal_of_version_1_becomes_one_of_today_with_its_jobs_and_fences(pa
     db = sqlite3.connect(path)
     for statement in schema.MIGRATIONS[0]:
         db.execute(statement)
+    jobs += [
+        {
+            "job": "hare.01D",
+            "seq": 4,
+            "state": "done",
+            "published_at": 8.5,
+            "staged": {"manifest_sha256": "0", "bytes": 77},
+        },
+        {"job": "lynx.01E", "seq": 5, "state": "cancelled"},
+    ]
     for job in jobs:
-        old = (job["job"], job["seq"], json.dumps(job).encode())
+        state = job.get("state", "queued")
+        old = (state, job["job"], job["seq"], json.dumps(job).encode())
         db.execute(
             "INSERT INTO jobs (state, version, priority, not_before, claimed_at, retired, job, seq,"
-            " data) VALUES ('queued', 0, 0, 0.0, 0.0, 0, ?, ?, ?)",
+            " data) VALUES (?, 0, 0, 0.0, 0.0, 0, ?, ?, ?)",
             old,
         )
-    db.execute("INSERT INTO counts VALUES ('queued', 3)")
+    db.execute("INSERT INTO counts VALUES ('queued', 3), ('done', 1), ('cancelled', 1)")
     db.execute("PRAGMA user_version = 1")
     db.commit()
     db.close()
@@ -274,6 +286,11 @@ def test_a_journal_of_version_1_becomes_one_of_today_with_its_jobs_and_fences(pa
     )
     assert store.remembered() == {schema.WHOLE: True}
     assert store.overdue(9, 1e9).rows == ()
+    assert [store.kept(place, limit=9) for place in Place] == [
+        (Kept(job=JobId("hare.01D"), place=Place.DONE, at=8.5, bytes=77),),
+        (Kept(job=JobId("lynx.01E"), place=Place.FAILED, at=0.0),),
+    ]
+    assert store.tally(Place.DONE) == Tally(count=1, bytes=77)
     limited = replace(fox, version=1, queue_by=5.0)
     assert store.commit(Batch(changes=(Update(row=limited, expected=0),))) == (True,)
     assert store.overdue(9, 1e9).rows == (limited,)

@@ -3,16 +3,20 @@
 import msgspec
 import pytest
 
-from comfyd.core.model import Fence, JobId, Outcome, Row, ServerName, State, prompt_id_of
+from comfyd.core.model import Fence, JobId, Outcome, Row, ServerName, Staged, State, prompt_id_of
+from comfyd.core.retention import Bounds, Kept, Past, Place, Tally
 from comfyd.journal.memory import MemoryStore
 from comfyd.journal.sqlite import SqliteStore
 from comfyd.journal.store import (
     FOUND_MAX,
     Alias,
     Batch,
+    Drop,
     Event,
+    Forget,
     Insert,
     Lift,
+    Pruned,
     Raise,
     Remember,
     Update,
@@ -230,11 +234,101 @@ def test_the_first_to_arrive_is_the_oldest_and_pages_begin_with_the_newest(store
 
 
 def test_old_events_are_forgotten_a_few_at_a_time(store):
-    insert(store, "fox.01A")
+    over = Row(job=JobId("fox.01A"), seq=1, state=State.DONE, retired=True)
+    store.commit(Batch(changes=(Insert(row=over),)))
     story = tuple(Event(job=JobId("fox.01A"), at=float(at), kind="x") for at in range(6))
     store.commit(Batch(events=story))
-    assert store.prune_events(4.0, limit=3) == 3
-    assert store.prune_events(4.0, limit=3) == 1
-    assert store.prune_events(4.0, limit=3) == 0
+    bounds = Bounds(age_s=10.0)
+    assert store.prune_events(bounds, 14.0, limit=3, dry=True) == Pruned(forgotten=3, next=3)
+    assert store.prune_events(bounds, 14.0, limit=3) == Pruned(forgotten=3, next=3)
+    assert store.prune_events(bounds, 14.0, limit=3, after=3) == Pruned(forgotten=1)
+    assert store.prune_events(bounds, 14.0, limit=3) == Pruned()
     assert store.events(JobId("fox.01A")) == story[4:]
     assert store.get(JobId("fox.01A")) is not None
+
+
+@pytest.mark.parametrize(
+    ("bounds", "left"),
+    [
+        (Bounds(count=2), [4, 5]),
+        (Bounds(count=0), []),
+        (Bounds(count=9), [0, 1, 2, 3, 4, 5]),
+        (Bounds(bytes=30), [4, 5]),  # each is 7 + 1 + 7 bytes
+        (Bounds(bytes=29), [5]),
+        (Bounds(bytes=0), []),
+        (Bounds(age_s=10.0, count=5), [2, 3, 4, 5]),
+        (Bounds(), [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_events_stay_within_every_bound(store, bounds, left):
+    story = [Event(job=JobId("fox.01A"), at=float(n), kind="x", data={"n": n}) for n in range(6)]
+    for event in story:
+        store.commit(Batch(events=(event,)))
+    assert store.prune_events(bounds, 12.0).next is None
+    assert [event.data["n"] for event in store.events(JobId("fox.01A"))] == left
+
+
+@pytest.mark.parametrize(
+    ("state", "retired"), [(State.QUEUED, False), (State.HELD, False), (State.DONE, False)]
+)
+def test_the_story_of_a_job_that_is_not_over_is_kept(store, state, retired):
+    row = Row(job=JobId("fox.01A"), seq=1, state=state, retired=retired)
+    old = Event(job=row.job, at=1.0, kind="x")
+    store.commit(Batch(changes=(Insert(row=row),), events=(old,)))
+    assert store.prune_events(Bounds(age_s=1.0, count=0, bytes=0), 100.0).forgotten == 0
+    assert store.events(row.job) == (old,)
+
+
+def test_a_row_is_forgotten_with_its_names_and_its_result(store):
+    over = Row(
+        job=JobId("fox.01A"), seq=1, prompt_id=prompt_id_of(JobId("fox.01A"), 1),
+        state=State.DONE, published_at=5.0, staged=Staged(manifest_sha256="0", bytes=7),
+        retired=True,
+    )  # fmt: skip
+    alias = Alias(name=JobId("twin.01B"), job=over.job)
+    story = Event(job=over.job, at=1.0, kind="x")
+    assert store.commit(Batch(changes=(Insert(row=over), alias), events=(story,))) == (True, True)
+    kept = Kept(job=over.job, place=Place.DONE, at=5.0, bytes=7)
+    assert store.kept(Place.DONE, limit=2) == (kept,)
+    assert store.tally(Place.DONE) == Tally(count=1, bytes=7)
+    assert store.past(limit=2) == (Past(row=over, told=True),)
+    assert store.commit(Batch(changes=(Forget(job=over.job, version=0),))) == (True,)
+    assert store.get(over.job) is None
+    assert found(store, "twin.01B") == found(store, over.prompt_id) == found(store, "fox") == []
+    assert store.counts()[State.DONE] == 0
+    assert store.kept(Place.DONE, limit=2) == ()
+    assert store.tally(Place.DONE) == Tally()
+    assert store.past(limit=2) == ()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"state": State.QUEUED},
+        {"state": State.PUBLISHING},
+        {"retired": False},
+        {"key": "nightly"},
+        {"version": 3},
+    ],
+)
+def test_what_is_not_over_or_holds_a_key_or_changed_is_not_forgotten(store, changes):
+    over = Row(job=JobId("fox.01A"), seq=1, state=State.FAILED, retired=True)
+    row = msgspec.structs.replace(over, **changes)
+    store.commit(Batch(changes=(Insert(row=row),)))
+    assert store.commit(Batch(changes=(Forget(job=row.job, version=0),))) == (False,)
+    assert store.get(row.job) == row
+
+
+def test_a_result_is_noted_when_its_job_becomes_final_and_once(store):
+    fox = Row(job=JobId("fox.01A"), seq=1, claimed_at=3.0)
+    ended = msgspec.structs.replace(fox, state=State.CANCELLED, version=1)
+    retired = msgspec.structs.replace(ended, retired=True, version=2)
+    store.commit(Batch(changes=(Insert(row=fox),)))
+    assert store.kept(Place.FAILED, limit=2) == ()
+    store.commit(Batch(changes=(Update(row=ended, expected=0),)))
+    noted = Kept(job=fox.job, place=Place.FAILED, at=3.0)
+    assert store.kept(Place.FAILED, limit=2) == (noted,)
+    drop = Drop(job=fox.job)
+    again = Update(row=retired, expected=1)
+    assert store.commit(Batch(changes=(drop, again, drop))) == (True, True, False)
+    assert store.kept(Place.FAILED, limit=2) == ()

@@ -6,11 +6,12 @@ import trio
 from trio.testing import MockClock
 
 from comfyd.core.model import JobId, Row, State
+from comfyd.core.retention import Bounds, Past, Place, Tally
 from comfyd.errors import DiskFull, JournalError
 from comfyd.journal import file
 from comfyd.journal.memory import MemoryStore
 from comfyd.journal.sqlite import SqliteStore
-from comfyd.journal.store import Alias, Batch, Event, Insert, Remember
+from comfyd.journal.store import Alias, Batch, Event, Insert, Pruned, Remember
 from comfyd.journal.thread import Journal
 
 FOX = Row(job=JobId("fox.01A"), seq=1, key="k", claimed_at=5.0)
@@ -55,7 +56,11 @@ async def test_it_answers_as_its_store_does(path, inline):
         assert await journal.oldest(State.QUEUED) == 5.0
         assert await journal.without_rows([FOX.job, JobId("x")]) == {"x"}
         assert await journal.last_seq() == 1
-        assert await journal.prune_events(2.0) == 1
+        assert await journal.kept(Place.DONE, limit=1) == ()
+        assert await journal.newest_kept(Place.DONE, limit=1) == ()
+        assert await journal.tally(Place.DONE) == Tally()
+        assert await journal.past(limit=2) == (Past(row=FOX, told=True),)
+        assert await journal.prune_events(Bounds(age_s=1.0), 9.0) == Pruned()
 
 
 async def test_a_commit_is_heard_to_its_end_even_by_who_is_cancelled(path):

@@ -255,7 +255,7 @@ def test_our_own_bug_does_not_kill_us_at_every_start(
     assert "please report it" in row.outcome.message
     assert "ZeroDivisionError" in row.outcome.message
     assert row.sha256 == hashlib.sha256(RANDOM).hexdigest()
-    assert "could not be judged" in "".join(capsys.readouterr())
+    assert "job_file_not_judged" in "".join(capsys.readouterr())
 
 
 # --- what cannot be moved, and when there is no space ---------------------------------------------

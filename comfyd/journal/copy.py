@@ -1,0 +1,56 @@
+"""Snapshots: copies of a journal, made while it is in use, that a restart can carry on from."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+from comfyd.errors import DiskFull, JournalError
+from comfyd.journal.file import sync_folder, translate
+from comfyd.journal.schema import WHOLE
+
+_REFUSED: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+PAGES: Final = 256  # in one piece: 1 MiB, about a millisecond in which nobody else has the store
+
+
+def copy_journal(source: sqlite3.Connection, target: Path, pause: Callable[[], object]) -> None:
+    """See ``Store.copy_to``. *source* may be read-only, and used in *pause*.
+
+    It is SQLite's own online backup: what this connection writes meanwhile goes into the copy too.
+
+    Raises:
+      DiskFull, JournalError: Of the copy; *target* is removed.
+      sqlite3.Error: Of *source*; the same.
+      FileExistsError: There is such a file.
+
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    os.close(os.open(target, flags, 0o600))
+    try:
+        with closing(sqlite3.connect(target, 0, isolation_level=None)) as copy:
+            try:
+                source.backup(copy, pages=PAGES, progress=lambda status, left, total: pause())
+                # One file, without a log beside it; the next owner turns the log on again.
+                copy.execute("PRAGMA journal_mode=DELETE")
+                # The spool goes on without the copy: what became of its jobs is to be looked up.
+                copy.execute("DELETE FROM settings WHERE name = ?", (WHOLE,))
+                [(finding,)] = copy.execute("PRAGMA integrity_check(1)")
+            except sqlite3.Error as error:
+                raise translate(target, error) from error
+        if finding != "ok":
+            raise JournalError(f"{target}: the copy is damaged: {finding}")
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+        sync_folder(target.parent)
+    except OSError as error:
+        target.unlink(missing_ok=True)
+        told = f"{target}: the copy cannot be written: {error.strerror or error}"
+        raise (DiskFull if error.errno in _REFUSED else JournalError)(told) from error
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,287 @@
+"""gc, snapshot and doctor, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import stat
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from comfyd.cli import examine
+from comfyd.core.model import JobId, Row, State
+from comfyd.journal.lock import StateLock
+from tests.cli.conftest import GRAPH, Serve, Site
+from tests.cli.test_reads import call
+from tests.endtoend.waiting import until
+
+# --- gc ------------------------------------------------------------------------------------------
+
+
+async def test_gc_says_what_it_removes_and_dry_run_removes_nothing(site: Site, daemon: Serve):
+    site.config.write_text(site.config.read_text() + "retention: {done: {count: 1}}\n")
+    async with daemon():
+        files = [site.file(f"{name}.json", GRAPH) for name in "abc"]
+        code, out, err = await call(site, "submit", "--wait", *files)
+        assert code == 0, err
+        jobs = out.split()
+        await until(lambda: not os.listdir(site.spool.claimed))
+        code, foreseen, err = await call(site, "gc", "--dry-run")
+        assert code == 0
+        assert "would remove 2 results" in err
+        assert len(os.listdir(site.spool.done)) == 3
+        code, out, err = await call(site, "gc")
+        assert (code, out) == (0, foreseen)
+        assert "removed 2 results" in err
+        [left] = os.listdir(site.spool.done)
+        assert {line.split()[0] for line in out.splitlines()} == {
+            f"done/{job}" for job in jobs if job != left
+        }
+        assert "over count" in out
+        code, out, _ = await call(site, "gc", "--json")
+        assert json.loads(out) == {
+            "dry_run": False, "results": [], "more": 0, "bytes": 0, "events": 0, "rows": 0,
+            "problems": [],
+        }  # fmt: skip
+
+
+def test_gc_needs_the_daemon(site: Site):
+    code, out, err = site("gc")
+    assert (code, out) == (69, "")
+    assert "To gc needs the running daemon." in err
+
+
+# --- snapshot ------------------------------------------------------------------------------------
+
+
+def jobs_in(snapshot: Path) -> set[str]:
+    db = sqlite3.connect(snapshot)
+    found = {job for (job,) in db.execute("SELECT job FROM jobs")}
+    assert db.execute("SELECT * FROM settings WHERE name = 'whole'").fetchall() == []
+    db.close()
+    return found
+
+
+async def test_a_snapshot_is_taken_while_the_daemon_runs(site: Site, daemon: Serve):
+    async with daemon():
+        _, out, _ = await call(site, "submit", "--wait", site.file("a.json", GRAPH))
+        job = out.strip()
+        target = site.home / "copy.db"
+        code, out, err = await call(site, "snapshot", str(target))
+        assert (code, out) == (0, f"{target}\n"), err
+        assert stat.S_IMODE(target.stat().st_mode) == 0o600
+        assert jobs_in(target) == {job}
+        before = target.read_bytes()
+        code, out, err = await call(site, "snapshot", str(target))
+        assert (code, out) == (1, "")
+        assert "replaces nothing" in err
+        assert target.read_bytes() == before
+        assert [name for name in os.listdir(site.home / "state") if "snapshot" in name] == []
+
+
+def test_a_snapshot_is_taken_when_no_daemon_runs(site: Site):
+    site.journal(Row(job=JobId("fox.01A"), seq=1, state=State.DONE, retired=True))
+    target = site.home / "copy.db"
+    code, out, _ = site("snapshot", str(target), "--json")
+    assert code == 0
+    assert json.loads(out) == {"file": str(target), "bytes": target.stat().st_size}
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert jobs_in(target) == {"fox.01A"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_there_by_now_is_not_replaced(
+    site: Site, monkeypatch: pytest.MonkeyPatch, links: bool
+):
+    site.journal(Row(job=JobId("fox.01A"), seq=1, state=State.DONE, retired=True))
+    target = site.home / "copy.db"
+    link = os.link
+
+    def somebody_is_quicker(aside: Path, name: Path) -> None:
+        name.write_text("precious")
+        if not links:
+            raise OSError(95, "Operation not supported")
+        link(aside, name)
+
+    monkeypatch.setattr(os, "link", somebody_is_quicker)
+    code, _, err = site("snapshot", str(target))
+    assert code == 1
+    assert "exists by now" in err
+    assert target.read_text() == "precious"
+    assert sorted(os.listdir(site.home)) == ["comfyd.yaml", "copy.db", "spool", "state"]
+
+
+def test_a_file_system_without_links_will_do(site: Site, monkeypatch: pytest.MonkeyPatch):
+    site.journal(Row(job=JobId("fox.01A"), seq=1, state=State.DONE, retired=True))
+
+    def refuse(aside: Path, name: Path) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert site("snapshot", str(site.home / "copy.db"))[0] == 0
+    assert jobs_in(site.home / "copy.db") == {"fox.01A"}
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/x.db", ".", "comfyd.yaml"])
+def test_a_snapshot_needs_a_new_name_in_a_folder(site: Site, name: str):
+    site.journal(Row(job=JobId("fox.01A"), seq=1, state=State.DONE, retired=True))
+    code, out, _ = site("snapshot", str(site.home / name))
+    assert (code, out) == (1, "")
+
+
+def test_without_a_journal_there_is_nothing_to_copy(site: Site):
+    code, _, err = site("snapshot", str(site.home / "copy.db"))
+    assert code == 1
+    assert "there is no journal" in err
+
+
+# --- doctor --------------------------------------------------------------------------------------
+
+
+def findings(out: str) -> dict[str, list[tuple[str, str, str]]]:
+    """By subject: level, what, remedy; each that is not ok has a remedy."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for each in json.loads(out)["findings"]:
+        told = (each["level"], each["what"], each["remedy"])
+        found.setdefault(each["subject"], []).append(told)
+        assert bool(each["remedy"]) is (each["level"] != "ok"), each
+        assert each["what"].endswith("."), each
+    return found
+
+
+async def test_doctor_finds_nothing_wrong_with_a_daemon_that_works(site: Site, daemon: Serve):
+    async with daemon() as simulator:
+        site.config.write_text(
+            site.config.read_text() + f"servers: [{{name: sim, url: '{simulator.url}'}}]\n"
+        )
+        code, out, err = await call(site, "doctor", "--json")
+        found = findings(out)
+        assert code == 0, out
+        assert "nothing is wrong" in err
+        assert [level for level, _, _ in found["server sim"]] == ["ok"]
+        for subject in ("configuration", "daemon", "spool", "state", "events"):
+            assert [level for level, _, _ in found[subject]] == ["ok"], subject
+        code, out, _ = await call(site, "doctor")
+        assert out.startswith("SUBJECT")
+
+
+async def test_doctor_compares_clocks_and_versions(
+    site: Site, daemon: Serve, monkeypatch: pytest.MonkeyPatch
+):
+    async with daemon() as simulator:
+        site.config.write_text(
+            site.config.read_text() + f"servers: [{{name: sim, url: '{simulator.url}'}}]\n"
+        )
+        monkeypatch.setattr(examine, "time", SimpleNamespace(time=lambda: time.time() + 90))
+        _, out, _ = await call(site, "doctor", "--json")
+        [_, (level, what, _)] = findings(out)["server sim"]
+        assert level == "warning"
+        assert "behind ours" in what
+        monkeypatch.setattr(examine, "time", SimpleNamespace(time=lambda: time.time() - 90))
+        _, out, _ = await call(site, "doctor", "--json")
+        assert "ahead of ours" in findings(out)["server sim"][1][1]
+
+
+def test_doctor_says_what_keeps_everything_down(site: Site, monkeypatch: pytest.MonkeyPatch):
+    site.config.write_text("servers: [{name: a, url: 'http://127.0.0.1:9'}]\nworkflows: nowhere\n")
+    site.spool.stage.rmdir()
+    code, out, err = site("doctor", "--json")
+    found = findings(out)
+    assert code == 1
+    assert "problem" in err
+    assert found["server a"][0][0] == "problem"
+    assert found["workflows"][0][0] == "problem"
+    assert "stage is missing" in found["spool"][0][1]
+    assert "does not run" in found["daemon"][0][1]
+
+
+def test_doctor_names_the_lines_of_a_bad_configuration(site: Site):
+    site.config.write_text("watch: {settle: soon}\nfoo: 1\n")
+    code, out, _ = site("doctor", "--json")
+    assert code == 1
+    assert len(findings(out)["configuration"]) == 2
+
+
+def test_doctor_finds_a_spool_that_others_may_write(site: Site):
+    site.spool.done.chmod(0o777)
+    _, out, _ = site("doctor", "--json")
+    [(level, what, remedy)] = findings(out)["spool"]
+    assert level == "problem"
+    assert "may be written by others" in what
+    assert remedy == f"Run: chmod go-w {site.spool.done}"
+    assert os.listdir(site.spool.done) == []
+
+
+def test_doctor_tells_a_stale_socket_from_a_daemon_that_hangs(site: Site):
+    state = site.home / "state"
+    state.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(state / "control.sock"))
+    _, out, _ = site("doctor", "--json")
+    assert findings(out)["daemon"][0][:2] == (
+        "warning",
+        "It does not run, and left its control socket: it was killed.",
+    )
+    with StateLock(state / "lock").acquire():
+        _, out, _ = site("doctor", "--json")
+    assert findings(out)["daemon"][0][0] == "problem"
+    (state / "control.sock").unlink()
+    (state / "control.sock").write_text("")
+    _, out, _ = site("doctor", "--json")
+    assert "is no socket" in findings(out)["daemon"][0][1]
+
+
+def test_doctor_reads_the_journal_and_sees_what_was_set_aside(site: Site):
+    site.journal(Row(job=JobId("fox.01A"), seq=1, state=State.DONE, retired=True))
+    state = site.home / "state"
+    state.chmod(0o755)
+    (state / "comfyd.db.damaged-20260101").write_bytes(b"")
+    _, out, _ = site("doctor", "--json")
+    told = findings(out)["state"]
+    assert [level for level, _, _ in told] == ["warning", "warning", "ok"]
+    assert "knows 1 jobs" in told[2][1]
+    (state / "comfyd.db").write_bytes(b"not a journal" * 1000)
+    code, out, _ = site("doctor", "--json")
+    assert code == 1
+    assert findings(out)["state"][2][0] == "problem"
+
+
+def test_doctor_finds_a_port_that_is_taken(site: Site):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        site.config.write_text(f"metrics: {{listen: '127.0.0.1:{port}'}}\n")
+        _, out, _ = site("doctor", "--json")
+    assert findings(out)["metrics"][0][0] == "problem"
+
+
+def test_doctor_minds_free_space(site: Site):
+    site.config.write_text("outputs: {min_free_bytes: 8000TiB}\n")
+    code, out, _ = site("doctor", "--json")
+    assert code == 1
+    assert findings(out)["spool disk"][0][0] == "problem"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("", "ext4"), ("share", "nfs4"), ("share/deep", "nfs4"), ("shared", "ext4"), ("a b", "tmpfs")],
+)
+def test_the_kind_of_a_file_system_is_that_of_the_innermost_mount(
+    tmp_path: Path, path: str, kind: str
+):
+    (tmp_path / path).mkdir(parents=True, exist_ok=True)
+    where = str(tmp_path)
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "1 0 250:99 / / rw - ext4 /dev/a rw\n"
+        f"2 1 0:198 / {where}/share rw shared:1 - nfs4 server:/x rw\n"
+        f"3 1 0:199 / {where}/a\\040b rw - tmpfs tmpfs rw\n"
+        "garbage\n"
+    )
+    assert examine.file_system_of(tmp_path / path, mounts) == kind
