@@ -9,7 +9,7 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 from comfyd import __version__, sdnotify
 from comfyd.config import Config
 from comfyd.core.engine import Engine
+from comfyd.core.facts import SpaceSeen, Tick
 from comfyd.core.model import JobId, ServerName, State
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server as EngineServer
@@ -42,6 +43,7 @@ from comfyd.services.rebuild import rebuild
 from comfyd.services.space import Space, disks
 from comfyd.services.supervisor import supervise
 from comfyd.services.teller import Teller
+from comfyd.services.watchdog import Watchdog
 from comfyd.services.workshop import OrderFailed, Workshop
 from comfyd.spool import delivery
 from comfyd.spool.again import claim_again
@@ -58,8 +60,13 @@ from comfyd.web.wishes import Wishes
 ACTIVE_MAX: Final = 1024
 ADOPT: Final = 256  # files in claimed/ looked up at once
 LOCK_PATIENCE_S: Final = 3.0  # a reader holds the lock for a moment
-FAREWELL_S: Final = 4.0
+# Together less than 5 s, in which the daemon has always gone.
+FINISH_S: Final = (
+    2.0  # for what is being sent or fetched: what is not done then is left to the journal
+)
+FAREWELL_S: Final = 1.0
 REFRESH_S: Final = 10.0
+STATUS_S: Final = 2.0
 START_AGAIN_S: Final = 5.0
 
 T = TypeVar("T")
@@ -72,7 +79,7 @@ class Daemon:
     """A running daemon, for those who started it in their own process.
 
     Attributes:
-      stop: Ends `run` in an orderly way.
+      stop: Ends `run` in an orderly way, as SIGTERM does.
       stopped: Set once it is ending, whoever asked for it.
 
     """
@@ -203,12 +210,13 @@ async def _run(
         settings=await journal.remembered(),
     )
 
+    asked = trio.Event()  # to stop
     space = Space(disks(config.spool, config.state, config.outputs.min_free_bytes), inbox.put)
     await space.look()
     stopped = trio.Event()
     async with _closing(links.values()), trio.open_nursery() as nursery:
         if signals:
-            await nursery.start(_stop_on_signal, nursery.cancel_scope)
+            await nursery.start(_stop_on_signal, asked)
         workshop = Workshop(nursery, links, spool, config, inbox, metrics, clock, space)
         dispatcher = Dispatcher(
             engine,
@@ -286,7 +294,8 @@ async def _run(
                 rescan_s=config.watch.rescan_s,
                 send=inbox.claim,
                 paused=lambda: (
-                    engine.paused
+                    asked.is_set()
+                    or engine.paused
                     or engine.active > ACTIVE_MAX
                     or dispatcher.waits_for_space
                     or bool(space.waiting)
@@ -297,14 +306,16 @@ async def _run(
             )
         )
         watched.set()
-        nursery.start_soon(_refresh, spool, metrics, overview)
+        nursery.start_soon(_refresh, spool, metrics)
+        nursery.start_soon(_tell_systemd, overview)
+        nursery.start_soon(_finish, asked, inbox, dispatcher, workshop, nursery.cancel_scope)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         _log.info("ready", http=url, spool=str(config.spool), servers=len(links))
         sdnotify.notify(READY="1", STATUS=overview.status_line())
-        stop = nursery.cancel_scope.cancel
-        task_status.started(Daemon(url, overview.snapshot, stop, stopped))
+        if (watched_s := sdnotify.watchdog_s()) is not None:
+            nursery.start_soon(_watchdog(watched_s / 2, inbox, dispatcher, journal, links).run)
+        task_status.started(Daemon(url, overview.snapshot, asked.set, stopped))
     stopped.set()
-    sdnotify.notify(STOPPING="1")
     with trio.move_on_after(FAREWELL_S, shield=True):
         await dispatcher.flush()
     _log.info("stopped")
@@ -322,15 +333,54 @@ async def _closing(links: Iterable[Link]) -> AsyncIterator[None]:
 
 
 async def _stop_on_signal(
-    scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    asked: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Cancel *scope* on the first SIGTERM or SIGINT; a second one kills as usual."""
+    """Set *asked* on the first SIGTERM or SIGINT; a second one kills as usual."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
         task_status.started()
         async for number in received:
             _log.info("stopping", signal=signal.Signals(number).name)
             break
+    asked.set()
+
+
+async def _finish(
+    asked: trio.Event,
+    inbox: Inbox,
+    dispatcher: Dispatcher,
+    workshop: Workshop,
+    scope: trio.CancelScope,
+) -> None:
+    """Once *asked*: begin nothing more, let what is at work end soon, and cancel *scope*."""
+    await asked.wait()
+    sdnotify.notify(STOPPING="1", STATUS="Stopping")
+    # As on a full disk: nothing is sent or downloaded from now on. An order that were cut off would
+    # be as good as any to the journal, but a prompt half sent is looked for, for a while.
+    inbox.put(SpaceSeen(enough=False))
+    with trio.move_on_after(FINISH_S):
+        await dispatcher.turned()
+        await workshop.idle()
+        await dispatcher.settled(inbox.leave(Tick()))  # what was answered is written down
     scope.cancel()
+
+
+def _watchdog(
+    interval_s: float,
+    inbox: Inbox,
+    dispatcher: Dispatcher,
+    journal: Journal,
+    links: Mapping[ServerName, Link],
+) -> Watchdog:
+    async def dispatched() -> None:
+        inbox.put(Tick())
+        await dispatcher.turned()
+
+    return Watchdog(
+        interval_s,
+        tokens={"dispatcher": dispatched, "journal": journal.turn},
+        late=lambda: [f"tracker of {n}" for n, link in links.items() if not link.tracker.on_time()],
+        alive=partial(sdnotify.notify, WATCHDOG="1"),
+    )
 
 
 async def _adopt(names: list[str], journal: Journal, intake: Intake, inbox: Inbox) -> None:
@@ -352,13 +402,23 @@ async def _adopt(names: list[str], journal: Journal, intake: Intake, inbox: Inbo
             await inbox.claim(taken.claims)
 
 
-async def _refresh(spool: Spool, metrics: Metrics, overview: Overview) -> NoReturn:
-    """Keep what nobody tells us of: how full the folders are, and systemd's status line."""
+async def _refresh(spool: Spool, metrics: Metrics) -> NoReturn:
+    """Keep what nobody tells us of: how full the folders are."""
     while True:
         for folder, files in (await trio.to_thread.run_sync(count_files, spool)).items():
             metrics.spool_files(folder, files)
-        sdnotify.notify(STATUS=overview.status_line())
         await trio.sleep(REFRESH_S)
+
+
+async def _tell_systemd(overview: Overview) -> NoReturn:
+    """Keep the line in ``systemctl status`` as it is."""
+    told = ""
+    while True:
+        line = overview.status_line()
+        if line != told:
+            sdnotify.notify(STATUS=line)
+        told = line
+        await trio.sleep(STATUS_S)
 
 
 def _watched(link: Link) -> Watched:

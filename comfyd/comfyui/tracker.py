@@ -53,6 +53,7 @@ MAX_MESSAGE_BYTES: Final = 128 * 2**20
 RECEIVE_BYTES: Final = 64 * 2**10
 GOODBYE_S: Final = 1.0
 INVALID_EVERY_S: Final = 60.0
+LATE_S: Final = 10.0  # how late a busy machine may make us
 
 # Close codes by which the peer, or we, say that the other broke the protocol.
 _PROTOCOL_CODES: Final = frozenset({1002, 1003, 1007, 1009, 1010})
@@ -105,6 +106,7 @@ class Tracker:
         self._greeted_at_s = math.inf
         self._invalid_at_s = -math.inf
         self._state: State = "connecting"
+        self._due_s = math.inf  # by when the state has to change
         self.problem = ""
 
     @property
@@ -113,6 +115,10 @@ class Tracker:
         if self._canary is not None and self._canary.stalled:
             return "deaf"
         return self._state
+
+    def on_time(self) -> bool:
+        """Whether it is where it should be; False means that its task hangs."""
+        return self._now_s() < self._due_s + LATE_S
 
     def posted(self) -> None:
         """The server just answered 200 to a POST /prompt: a ``status`` is due."""
@@ -130,14 +136,16 @@ class Tracker:
         failures = 0
         while True:
             self._state, self._greeted_at_s = "connecting", math.inf
+            self._due_s = self._now_s() + self._timings.connect_timeout_s
             try:
                 await self._connection(uuid.uuid4().hex)
             except* ServerError as group:
                 self._over(group)
             # Not reset by connecting: a server that greets and hangs up must not be hammered.
             failures = 1 if self._now_s() - self._greeted_at_s >= max_s else failures + 1
-            self._state = "backoff"
-            await trio.sleep(exponential_s(failures, first_s, max_s, u=self._u()))
+            delay_s = exponential_s(failures, first_s, max_s, u=self._u())
+            self._state, self._due_s = "backoff", self._now_s() + delay_s
+            await trio.sleep(delay_s)
 
     def _over(self, group: BaseExceptionGroup[ServerError]) -> None:
         """Tell why an attempt or a connection ended: its first reason, if it had several."""
@@ -232,7 +240,7 @@ class Tracker:
             verdicts=self._verdicts,
         )
         self._greeted_at_s = self._now_s()
-        self._state, self.problem = "connected", ""
+        self._state, self.problem, self._due_s = "connected", "", math.inf
         self._listener.on_connect_result("ok")
         self._listener.on_connected(client_id)
 

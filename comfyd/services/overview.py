@@ -100,7 +100,8 @@ class Overview:
             f"{counts[State.SUBMITTED]} on servers, {counts[State.QUEUED]} waiting,"
             f" {up}/{len(servers)} servers up"
         )
-        return ". ".join(filter(None, [line, self._waiting()]))
+        paused = "Intake is paused." if self._engine.paused else ""
+        return " ".join(filter(None, [f"{line}.", paused, self._waiting()]))
 
     def _server(self, server: EngineServer, at: float) -> ServerView:
         watched = self._watched[server.name]

@@ -84,6 +84,8 @@ class Workshop:
         )
         self._space = space
         self._short: dict[JobId, int] = {}
+        self._at_work = 0
+        self._idle = trio.Event()
         self._fetches = trio.CapacityLimiter(FETCHES)
         self._collects = trio.CapacityLimiter(COLLECTS)
 
@@ -96,7 +98,14 @@ class Workshop:
         if isinstance(order, orders.Probe | orders.Stop) and link is not None:
             link.prober.ask(order)
         else:
+            self._at_work += 1
             self._nursery.start_soon(self._carry_out, order, link)
+
+    async def idle(self) -> None:
+        """Until nothing is being submitted, fetched, collected or published."""
+        while self._at_work:
+            self._idle = trio.Event()
+            await self._idle.wait()
 
     def absorb(self, absorbed: Absorbed) -> None:
         """Start on clearing away a drop that is another job: no row of its own will do that."""
@@ -126,6 +135,10 @@ class Workshop:
             answer = await self._answer(order, link)
         except Exception as error:
             raise OrderFailed(order.row.job) from error
+        finally:
+            self._at_work -= 1
+            if not self._at_work:
+                self._idle.set()
         match answer:
             case CollectFailed(cause=Uncollected.DISK) | PublishDelayed():
                 self._space.refused()
