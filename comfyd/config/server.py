@@ -115,9 +115,15 @@ def _header_value(node: Node, path: str, ctx: Context) -> Secret:
     if isinstance(node, MappingNode):
         [(kind, source)] = node.values.items() if len(node.values) == 1 else [("", node)]
         if kind == "file":
-            value = _read_secret(values.folder(source, path, ctx), source)
+            place = values.folder(source, path, ctx)
+            if ctx.secrets == "none":
+                return Secret("")
+            value = _read_secret(place, source)
         elif kind == "credential":
-            value = _read_secret(_credential(source, path, ctx), source)
+            name = _credential_name(source, path, ctx)
+            if ctx.secrets != "all":
+                return Secret("")
+            value = _read_secret(_credentials(source, ctx) / name, source)
         else:
             raise Refused("must be a text, {file: PATH} or {credential: NAME}", node)
     else:
@@ -127,10 +133,14 @@ def _header_value(node: Node, path: str, ctx: Context) -> Secret:
     return Secret(value)
 
 
-def _credential(node: Node, path: str, ctx: Context) -> Path:
+def _credential_name(node: Node, path: str, ctx: Context) -> str:
     name = text(node, path, ctx)
     if "/" in name or name in (".", ".."):
         raise Refused("must be a credential's name, not a path", node)
+    return name
+
+
+def _credentials(node: Node, ctx: Context) -> Path:
     directory = ctx.environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
         raise Refused(
@@ -138,7 +148,7 @@ def _credential(node: Node, path: str, ctx: Context) -> Path:
             " (CREDENTIALS_DIRECTORY is not set)",
             node,
         )
-    return Path(directory) / name
+    return Path(directory)
 
 
 def _read_secret(path: Path, node: Node) -> str:

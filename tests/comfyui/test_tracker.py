@@ -470,7 +470,10 @@ async def test_it_is_on_time_whatever_servers_do(rig: Rig, autojump_clock: MockC
     async def hang_up(stream: trio.abc.Stream) -> None:
         await trio.aclose_forcefully(stream)
 
-    tracker = rig.start(hang_up, stay, greeting(stay), greeting(hang_up), u=0.999)
+    async def leave(_: Socket) -> None:
+        await trio.sleep(5)
+
+    tracker = rig.start(hang_up, stay, greeting(leave), hang_up, greeting(leave), u=0.999)
     seen = set()
     for _ in range(600):
         await trio.sleep(1)
