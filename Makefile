@@ -9,10 +9,10 @@ STAMP  := $(VENV)/.installed
 COMFYUI_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check contract explore prove
+.PHONY: help demo test check contract explore prove dist systemd-test
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## Run sample jobs through a daemon and a simulated ComfyUI
 	$(BIN)/comfyd demo
@@ -37,6 +37,14 @@ prove: $(STAMP)  ## Kill daemon and servers, lose journals, fill disks, run 10,0
 		tests/endtoend/prove_many_servers.py tests/endtoend/prove_journal_loss.py \
 		tests/endtoend/prove_full_disk.py tests/endtoend/prove_everything.py \
 		tests/endtoend/prove_latency.py tests/endtoend/prove_scale.py
+
+dist: $(STAMP)  ## Build the wheel into dist/, with the versions it was tested with
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	cp constraints.txt dist/
+
+systemd-test: $(STAMP)  ## Install it under a real systemd and break it there (root; about 10 minutes)
+	$(BIN)/python -m tests.systemd
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "comfyd needs Python 3.11 or newer; set PYTHON=...")'
