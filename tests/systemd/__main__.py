@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 from tests.systemd.machine import Failed, Machine
-from tests.systemd.steps import PAGE_HEAD, STEPS, Run, selected, title
+from tests.systemd.steps import STEPS, Run, selected, title
 from tests.systemd.transcript import Transcript
+
+HEAD = Path(__file__).with_name("page.md")
 
 
 def main() -> int:
@@ -34,7 +36,7 @@ def main() -> int:
         return 1
     transcript.step(f"all {len(selected(args.steps))} steps passed")
     if args.page:
-        transcript.write(args.page, PAGE_HEAD)
+        transcript.write(args.page, HEAD.read_text(encoding="utf-8"))
     return 0
 
 

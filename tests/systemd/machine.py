@@ -108,15 +108,17 @@ class Machine:
         return done.stdout
 
     def _enter(self, command: str, user: str, within_s: float) -> subprocess.CompletedProcess[str]:
-        enter = ["nsenter", f"--target={self._leader}", *"-m -u -i -n -p -C".split(), "--"]
+        enter = ["nsenter", f"--target={self._leader}", "-m", "-u", "-i", "-n", "-p", "-C", "--"]
+        home = "/root"
         if user != "root":
-            enter += ["runuser", "--login", user, "--"]
+            enter += ["runuser", "-u", user, "--"]
+            home = f"/home/{user}"
         try:
             return subprocess.run(
-                [*enter, "/bin/bash", "-c", f"cd; {command}"],
+                [*enter, "/bin/bash", "-c", f"cd {home}; {command}"],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, errors="replace", timeout=within_s, check=False,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"},
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": home, "LANG": "C.UTF-8"},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise Failed(f"not done within {within_s:g} s: {command}") from None
@@ -156,7 +158,7 @@ def _base() -> Path:
         aside = Path(tempfile.mkdtemp(dir=cache))
         aside.chmod(0o755)
         subprocess.run(
-            ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(aside), MIRROR],
+            ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, aside, MIRROR],
             check=True, stdout=subprocess.DEVNULL, timeout=600,
         )  # fmt: skip
         aside.rename(base)

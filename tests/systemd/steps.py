@@ -257,7 +257,7 @@ def instance(run: Run) -> None:
     for command in (config, start, status):
         machine.run(command)
     machine.run(
-        "cp -r /etc/systemd/system/comfyd.service.d/quick.conf /etc/systemd/system/comfyd@.service.d/;"
+        "cd /etc/systemd/system; cp comfyd.service.d/quick.conf comfyd@.service.d/;"
         " systemctl daemon-reload; systemctl restart comfyd@night"
     )
     run.night.drop("night", 3, 0.1)
@@ -339,15 +339,3 @@ def selected(names: list[str]) -> list[Callable[[Run], None]]:
         for step in STEPS
         if not names or step.__name__ in {"install", "simulator", "submitters", *names}
     ]
-
-
-PAGE_HEAD: Final = """# Seen under a real systemd
-
-`make systemd-test` boots Debian 12 with its own systemd as PID 1 (`systemd-nspawn`, no network), installs comfyd as
-[install.md](install.md) says, reading the commands from there, and then breaks it: `kill -9`, a hang, a full disk, a
-wrong configuration, stops, an upgrade and the way back, all with jobs in flight. After each step every job that was ever
-submitted must be in `done/` once, whole, and must have run once; a stop may take 5 s. The unit files are those that are
-shipped, with all their hardening; only `WatchdogSec` is shortened for the hang. It needs root, and about ten minutes.
-
-The last run, as it printed itself:
-"""
