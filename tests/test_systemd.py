@@ -135,18 +135,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = into / "source"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, copy, ignore=ignored)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        into,
-        copy,
-    ]
-    subprocess.run(command, check=True, timeout=300)
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(into), str(copy)]
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True, timeout=300)
     [made] = into.glob("*.whl")
     return made
 

@@ -65,6 +65,7 @@ def install(run: Run) -> None:
     run.check(run.comfyd.ready(), "the service is active")
     run.check(run.comfyd.show("NRestarts") == "0", "it was started once")
     run.machine.run("ls -ln /var/lib/comfyd/spool | tail -n +2; id comfyd")
+    run.machine.run(f"{COMFYD} demo --jobs 4 2>&1 | grep -E 'verified'")
 
 
 def simulator(run: Run) -> None:
