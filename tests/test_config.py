@@ -296,23 +296,6 @@ def test_no_headers(text):
     assert refused(one_server(headers=text)).key.startswith("servers[0].headers")
 
 
-def test_who_sends_nothing_needs_no_secret(tmp_path, monkeypatch):
-    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-    path = tmp_path / "comfyd.yaml"
-    path.write_text(one_server(headers="{A: {file: hidden}, B: {credential: b}, C: c}"))
-    with pytest.raises(ConfigError, match=r"headers\.A"):
-        config.load(path)
-    assert [problem.key for problem in config.check(path)] == ["servers[0].headers.A"]
-    headers = config.load(path, secrets="none").servers[0].headers
-    assert {name: value.reveal() for name, value in headers.items()} == {"A": "", "B": "", "C": "c"}
-    (tmp_path / "hidden").write_text("Bearer hunter2")
-    with pytest.raises(ConfigError, match=r"headers\.B"):
-        config.load(path)
-    assert config.check(path) == []  # a credential can be checked by nobody but systemd
-    path.write_text(one_server(headers="{B: {credential: a/b}}"))
-    assert len(config.check(path)) == 1
-
-
 @pytest.mark.parametrize("name", ["a/b", "..", "'.'"])
 def test_a_credential_is_a_name(name, tmp_path):
     error = refused(

@@ -8,17 +8,11 @@ from pathlib import Path
 
 from comfyd import config
 from comfyd.cli.screen import say
-from comfyd.config import Config, Secrets
+from comfyd.config import Config
 
 
-def configured(
-    args: argparse.Namespace, *, secrets: Secrets = "none"
-) -> tuple[Config, Path | None]:
+def configured(args: argparse.Namespace) -> tuple[Config, Path | None]:
     """The configuration that the command line, the environment or the folder names, and its file.
-
-    Args:
-      secrets: What is read of those that headers name: nothing, unless asked for, so that who may
-        submit jobs need not be able to read them.
 
     Raises:
       ConfigError: The file cannot be read or has a problem.
@@ -28,4 +22,4 @@ def configured(
     if path is None:
         say("comfyd: no configuration file; using the defaults in this folder")
         return config.defaults(Path.cwd()), None
-    return config.load(path, secrets=secrets), path
+    return config.load(path), path

@@ -14,7 +14,7 @@ from comfyd.cli.place import configured
 
 def main(args: argparse.Namespace) -> int:
     """Run until SIGTERM or SIGINT; every error is the caller's to report."""
-    config, _ = configured(args, secrets="all")
+    config, _ = configured(args)
     log.configure(config.log.level, config.log.format)
     trio.run(partial(app.run, config, signals=True))
     return Exit.OK

@@ -33,13 +33,13 @@ from comfyd.config.schema import (
 )
 from comfyd.config.section import read_section
 from comfyd.config.server import Secret
-from comfyd.config.values import Context, Failed, Secrets, attempt
+from comfyd.config.values import Context, Failed, attempt
 from comfyd.errors import ConfigError
 
 __all__ = [
     "Audit", "Client", "Completion", "Config", "Health", "History", "Jobs", "Listen", "Log",
-    "Metrics", "Outputs", "Retention", "Retentions", "Secret", "Secrets", "Server", "Tracker",
-    "Watch", "check", "defaults", "find_config", "load", "parse",
+    "Metrics", "Outputs", "Retention", "Retentions", "Secret", "Server", "Tracker", "Watch",
+    "check", "defaults", "find_config", "load", "parse",
 ]  # fmt: skip
 
 SYSTEM_CONFIG: Final = Path("/etc/comfyd/comfyd.yaml")
@@ -65,28 +65,22 @@ def find_config(cli: Path | None, environ: Mapping[str, str]) -> Path | None:
     return next((path for path in (LOCAL_CONFIG, SYSTEM_CONFIG) if path.exists()), None)
 
 
-def load(path: Path, *, secrets: Secrets = "all") -> Config:
+def load(path: Path) -> Config:
     """Read the file at *path*.
-
-    Args:
-      secrets: What is read of those that headers name; see there.
 
     Raises:
       ConfigError: It cannot be read, or the first problem in it.
 
     """
-    config, problems = _read(path, secrets)
+    config, problems = _read(path)
     if config is None:
         raise problems[0]
     return config
 
 
 def check(path: Path) -> list[ConfigError]:
-    """Every problem of the file at *path*, in the order of its lines; empty if it is good.
-
-    Credentials are systemd's, and are looked at only when it starts the daemon.
-    """
-    return _read(path, "files")[1]
+    """Every problem of the file at *path*, in the order of its lines; empty if it is good."""
+    return _read(path)[1]
 
 
 def parse(
@@ -103,7 +97,7 @@ def parse(
       ConfigError: The first problem in it.
 
     """
-    config, problems = _parse(text, "all", file=file, base=base, environ=environ)
+    config, problems = _parse(text, file=file, base=base, environ=environ)
     if config is None:
         raise problems[0]
     return config
@@ -114,7 +108,7 @@ def defaults(base: Path) -> Config:
     return Config(spool=base / "spool", state=base / "state")
 
 
-def _read(path: Path, secrets: Secrets) -> tuple[Config | None, list[ConfigError]]:
+def _read(path: Path) -> tuple[Config | None, list[ConfigError]]:
     try:
         with path.open("rb") as file:
             # UTF-8 takes at most four bytes a character: what is cut off here is too large anyway.
@@ -125,11 +119,11 @@ def _read(path: Path, secrets: Secrets) -> tuple[Config | None, list[ConfigError
     except ValueError as error:
         at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
         return None, [ConfigError("", f"is not UTF-8 text{at}", file=path)]
-    return _parse(text, secrets, file=path, base=path.absolute().parent, environ=os.environ)
+    return _parse(text, file=path, base=path.absolute().parent, environ=os.environ)
 
 
 def _parse(
-    text: str, secrets: Secrets, *, file: Path | None, base: Path, environ: Mapping[str, str]
+    text: str, *, file: Path | None, base: Path, environ: Mapping[str, str]
 ) -> tuple[Config | None, list[ConfigError]]:
     """The configuration and no problem, or None and at least one."""
     try:
@@ -137,7 +131,7 @@ def _parse(
     except ConfigError as error:
         found = ConfigError(error.key, error.problem, file=file, line=error.line, col=error.col)
         return None, [found]
-    ctx = Context(file=file, base=base, environ=environ, problems=[], secrets=secrets)
+    ctx = Context(file=file, base=base, environ=environ, problems=[])
     paths = {"spool": base / "spool", "state": base / "state"}
 
     def read_config(node: document.Node, path: str, ctx: Context) -> Config:

@@ -115,15 +115,9 @@ def _header_value(node: Node, path: str, ctx: Context) -> Secret:
     if isinstance(node, MappingNode):
         [(kind, source)] = node.values.items() if len(node.values) == 1 else [("", node)]
         if kind == "file":
-            place = values.folder(source, path, ctx)
-            if ctx.secrets == "none":
-                return Secret("")
-            value = _read_secret(place, source)
+            value = _read_secret(values.folder(source, path, ctx), source)
         elif kind == "credential":
-            name = _credential_name(source, path, ctx)
-            if ctx.secrets != "all":
-                return Secret("")
-            value = _read_secret(_credentials(source, ctx) / name, source)
+            value = _read_secret(_credential(source, path, ctx), source)
         else:
             raise Refused("must be a text, {file: PATH} or {credential: NAME}", node)
     else:
@@ -133,14 +127,10 @@ def _header_value(node: Node, path: str, ctx: Context) -> Secret:
     return Secret(value)
 
 
-def _credential_name(node: Node, path: str, ctx: Context) -> str:
+def _credential(node: Node, path: str, ctx: Context) -> Path:
     name = text(node, path, ctx)
     if "/" in name or name in (".", ".."):
         raise Refused("must be a credential's name, not a path", node)
-    return name
-
-
-def _credentials(node: Node, ctx: Context) -> Path:
     directory = ctx.environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
         raise Refused(
@@ -148,7 +138,7 @@ def _credentials(node: Node, ctx: Context) -> Path:
             " (CREDENTIALS_DIRECTORY is not set)",
             node,
         )
-    return Path(directory)
+    return Path(directory) / name
 
 
 def _read_secret(path: Path, node: Node) -> str:

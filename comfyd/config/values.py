@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Final, Literal, TypeVar, final
+from typing import Final, TypeVar, final
 
 from comfyd.config import document
 from comfyd.config.document import Node, Scalar
@@ -33,12 +33,6 @@ _QUANTITY: Final = re.compile(r"([0-9]{1,19}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)")
 _INTEGER: Final = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
-# What of the secrets that headers name is read: all, for who talks to servers; files, where no
-# systemd is to be asked for a credential; none, for who only wants to know where the spool is, and
-# may well be somebody who must not read them.
-Secrets = Literal["all", "files", "none"]
-
-
 @dataclass(slots=True)
 class Context:
     """What readers share: where the file is, and the problems found so far.
@@ -47,7 +41,6 @@ class Context:
       file: Name of the file, for messages; None if there is none.
       base: Absolute folder that relative paths start from.
       environ: Where ``CREDENTIALS_DIRECTORY`` is looked up.
-      secrets: Which of them are read; the others are empty.
 
     """
 
@@ -55,7 +48,6 @@ class Context:
     base: Path
     environ: Mapping[str, str]
     problems: list[ConfigError]
-    secrets: Secrets = "all"
 
     def report(self, path: str, problem: str, at: Node) -> None:
         """Note that *path* is wrong; reading goes on, to find all problems in one run."""
