@@ -199,7 +199,7 @@ def test_links_lead_somewhere(page: Path):
         ("StateDirectory", "comfyd"),
         ("User", "comfyd"),
         ("WatchdogSec", "1min"),
-        ("ExecReload", "/bin/kill -HUP $MAINPID"),
+        ("ExecReload", "/opt/comfyd/bin/comfyd reload -c /etc/comfyd/comfyd.yaml"),
     ],
 )
 def test_the_service_says_how_the_daemon_is_run(key: str, value: str | None):

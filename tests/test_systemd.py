@@ -79,6 +79,7 @@ def test_an_instance_is_as_the_service_but_for_its_folders():
         "Description=comfyd, a job daemon for ComfyUI (%i)",
         "StateDirectory=comfyd/%i",
         "ExecStart=/opt/comfyd/bin/comfyd run -c /etc/comfyd/%i.yaml",
+        "ExecReload=/opt/comfyd/bin/comfyd reload -c /etc/comfyd/%i.yaml",
         "# It writes to /var/lib/comfyd/NAME only (elsewhere: drop-ins/spool-elsewhere.conf).",
     ]
 
