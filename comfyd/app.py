@@ -9,7 +9,7 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -313,7 +313,9 @@ async def _run(
         _log.info("ready", http=url, spool=str(config.spool), servers=len(links))
         sdnotify.notify(READY="1", STATUS=overview.status_line())
         if (watched_s := sdnotify.watchdog_s()) is not None:
-            nursery.start_soon(_watchdog(watched_s / 2, inbox, dispatcher, journal, links).run)
+            nursery.start_soon(
+                _watchdog(watched_s / 2, inbox, dispatcher, journal, links.values).run
+            )
         task_status.started(Daemon(url, overview.snapshot, asked.set, stopped))
     stopped.set()
     with trio.move_on_after(FAREWELL_S, shield=True):
@@ -369,7 +371,7 @@ def _watchdog(
     inbox: Inbox,
     dispatcher: Dispatcher,
     journal: Journal,
-    links: Mapping[ServerName, Link],
+    links: Callable[[], Iterable[Link]],
 ) -> Watchdog:
     async def dispatched() -> None:
         inbox.put(Tick())
@@ -378,7 +380,7 @@ def _watchdog(
     return Watchdog(
         interval_s,
         tokens={"dispatcher": dispatched, "journal": journal.turn},
-        late=lambda: [f"tracker of {n}" for n, link in links.items() if not link.tracker.on_time()],
+        late=lambda: [f"tracker of {link.name}" for link in links() if not link.tracker.on_time()],
         alive=partial(sdnotify.notify, WATCHDOG="1"),
     )
 
