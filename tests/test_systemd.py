@@ -71,6 +71,29 @@ def test_what_a_restart_cannot_mend_is_not_restarted():
     assert {int(code) for code in codes.split()} == {Exit.USAGE, Exit.BUSY, Exit.CONFIG}
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("LimitCORE", ["0"]),
+        ("NoNewPrivileges", ["yes"]),
+        ("CapabilityBoundingSet", [""]),
+        ("ProtectSystem", ["strict"]),
+        ("ProtectHome", ["yes"]),
+        ("PrivateTmp", ["yes"]),
+        ("PrivateDevices", ["yes"]),
+        ("PrivateUsers", ["yes"]),
+        ("RestrictAddressFamilies", ["AF_UNIX AF_INET AF_INET6"]),
+        ("SystemCallFilter", ["@system-service", "~@privileged @resources"]),
+        ("User", ["comfyd"]),
+        ("UMask", ["0077"]),
+        ("ProcSubset", []),  # or there are no process_* metrics
+        ("RestrictSUIDSGID", []),  # the spool's folders are setgid
+    ],
+)
+def test_what_it_may_not_do_and_what_it_must_be_able_to_do(name, values):
+    assert settings(name) == values
+
+
 def test_an_instance_is_as_the_service_but_for_its_folders():
     alone = text("comfyd.service").splitlines()[1:]
     instance = text("comfyd@.service").splitlines()[1:]
