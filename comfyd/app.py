@@ -307,7 +307,7 @@ async def _run(
         )
         watched.set()
         nursery.start_soon(_refresh, spool, metrics)
-        nursery.start_soon(_tell_systemd, overview)
+        nursery.start_soon(_tell_systemd, overview, asked)
         nursery.start_soon(_finish, asked, inbox, dispatcher, workshop, nursery.cancel_scope)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         _log.info("ready", http=url, spool=str(config.spool), servers=len(links))
@@ -412,15 +412,16 @@ async def _refresh(spool: Spool, metrics: Metrics) -> NoReturn:
         await trio.sleep(REFRESH_S)
 
 
-async def _tell_systemd(overview: Overview) -> NoReturn:
-    """Keep the line in ``systemctl status`` as it is."""
+async def _tell_systemd(overview: Overview, asked: trio.Event) -> None:
+    """Keep the line in ``systemctl status`` as it is, until *asked* to stop."""
     told = ""
-    while True:
+    while not asked.is_set():
         line = overview.status_line()
         if line != told:
             sdnotify.notify(STATUS=line)
         told = line
-        await trio.sleep(STATUS_S)
+        with trio.move_on_after(STATUS_S):
+            await asked.wait()
 
 
 def _watched(link: Link) -> Watched:

@@ -124,6 +124,7 @@ async def test_a_second_sigterm_ends_it_at_once(simulator, tmp_path, manager):
             daemon.drop("late.json", graphs.picture(2))
             await trio.sleep(0.5)
             assert (daemon.spool.new / "late.json").exists(), "taken by a daemon that is ending"
+            assert manager.of("STATUS")[-1] == "Stopping"
             process.terminate()
             with trio.fail_after(1):
                 assert await process.wait() == -signal.SIGTERM
