@@ -60,11 +60,10 @@ from comfyd.web.wishes import Wishes
 ACTIVE_MAX: Final = 1024
 ADOPT: Final = 256  # files in claimed/ looked up at once
 LOCK_PATIENCE_S: Final = 3.0  # a reader holds the lock for a moment
-# Together less than 5 s, in which the daemon has always gone.
-FINISH_S: Final = (
-    2.0  # for what is being sent or fetched: what is not done then is left to the journal
-)
-FAREWELL_S: Final = 1.0
+# At the end, together less than 5 s. What is not sent or fetched by then is left to the journal.
+FINISH_S: Final = 2.0  # for what is being sent or fetched
+FAREWELL_S: Final = 1.0  # for connections to close, and again for the last commit
+CONFESSION_S: Final = 4.0  # for whose order it was that brought the daemon down
 REFRESH_S: Final = 10.0
 STATUS_S: Final = 2.0
 START_AGAIN_S: Final = 5.0
@@ -443,7 +442,7 @@ def _jobs_at_hand(group: BaseExceptionGroup[OrderFailed]) -> Iterator[JobId]:
 
 async def _record_crash(journal: Journal, jobs: Iterator[JobId]) -> None:
     """Write down whose order brought the daemon down: three times in a row, and the job is held."""
-    with trio.move_on_after(FAREWELL_S, shield=True):
+    with trio.move_on_after(CONFESSION_S, shield=True):
         for job in jobs:
             row = await journal.get(job)
             # What was being collected is counted by `Engine.load`, which sees an unclean end.
