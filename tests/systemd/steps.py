@@ -39,11 +39,13 @@ class Run:
             raise Failed(f"not so: {what}")
         self.transcript.holds(what)
 
-    def follow(self, heading: str, number: int = 0, *, skip: str = "-") -> None:
-        """Do what docs/install.md says there."""
+    def follow(
+        self, heading: str, number: int = 0, *, before: Callable[[str], None] = lambda command: None
+    ) -> None:
+        """Do what docs/install.md says there; *before* is called with each command."""
         for command in commands(heading, number):
-            if not command.startswith(skip):
-                self.machine.run(command, within_s=180, env=NO_NETWORK)
+            before(command)
+            self.machine.run(command, within_s=180, env=NO_NETWORK)
 
     def restarted(self, pid: int, within_s: float) -> None:
         self.machine.until(
@@ -284,15 +286,19 @@ def upgrade(run: Run) -> None:
     )
     for heading, wanted in (("Upgrade", NEXT), ("Roll back", __version__)):
         name = heading.lower().replace(" ", "")
-        comfyd.drop(name, 30, 0.4)
-        run.follow(heading)
+
+        def busy(command: str, name: str = name) -> None:
+            if command == "systemctl restart comfyd":
+                comfyd.drop(name, 12, 0.4)
+                machine.until("one of them is done", lambda: comfyd.done() > before, 30)
+
+        before = comfyd.done()
+        run.follow(heading, before=busy)
         run.check(comfyd.ready(), "it runs")
         said = machine.ask(version).strip()
         run.check(said == wanted, f"it is version {said}")
-        finished = comfyd.done()
-        run.check(
-            finished < len(comfyd.dropped), f"{finished} of {len(comfyd.dropped)} jobs were done"
-        )
+        left = len(comfyd.dropped) - comfyd.done()
+        run.check(left, f"{left} of its 12 jobs are not done yet")
         comfyd.drop(f"{name}-after", 2, 0.1)
         comfyd.all_delivered()
     charged = comfyd.metrics()['comfyd_attempts_charged_total{server="local"}']
