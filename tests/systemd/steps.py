@@ -287,12 +287,13 @@ def upgrade(run: Run) -> None:
     for heading, wanted in (("Upgrade", NEXT), ("Roll back", __version__)):
         name = heading.lower().replace(" ", "")
 
-        def busy(command: str, name: str = name) -> None:
+        before = comfyd.done()
+
+        def busy(command: str, name: str = name, before: int = before) -> None:
             if command == "systemctl restart comfyd":
                 comfyd.drop(name, 12, 0.4)
                 machine.until("one of them is done", lambda: comfyd.done() > before, 30)
 
-        before = comfyd.done()
         run.follow(heading, before=busy)
         run.check(comfyd.ready(), "it runs")
         said = machine.ask(version).strip()
