@@ -43,7 +43,7 @@ dist: $(STAMP)  ## Build the wheel into dist/, with the versions it was tested w
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	cp constraints.txt dist/
 
-systemd-test: $(STAMP)  ## Install it under a real systemd and break it there (root; about 10 minutes)
+systemd-test: $(STAMP)  ## Install it under a real systemd and break it there (root; about 5 minutes)
 	$(BIN)/python -m tests.systemd
 
 $(STAMP): pyproject.toml constraints.txt

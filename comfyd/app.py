@@ -373,7 +373,8 @@ def _watchdog(
     links: Callable[[], Iterable[Link]],
 ) -> Watchdog:
     async def dispatched() -> None:
-        inbox.put(Tick())
+        if not dispatcher.waits_for_space:  # or it comes round by itself, and takes no mail
+            inbox.put(Tick())
         await dispatcher.turned()
 
     return Watchdog(

@@ -16,6 +16,7 @@ from comfyd import __version__
 from comfyd.cli.arguments import build_parser
 from comfyd.cli.exits import Exit
 from comfyd.spool.layout import MODES
+from tests.systemd.installing import commands
 
 ROOT = Path(__file__).parent.parent
 SYSTEMD = ROOT / "systemd"
@@ -113,6 +114,13 @@ def test_the_folders_are_made_as_the_daemon_makes_them():
     assert made == MODES
     owners = {(user, group) for _, path, _, user, group in rows if "/var/" in path}
     assert owners == {(settings("User")[0], settings("Group")[0])}
+
+
+def test_a_newcomer_needs_ten_commands():
+    told = commands("Install")
+    assert len(told) <= 10
+    assert told[-1] == "/opt/comfyd/bin/comfyd status"
+    assert f"/opt/comfyd-{__version__}" in told[1]
 
 
 # --- systemd --------------------------------------------------------------------------------------
