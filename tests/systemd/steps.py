@@ -239,6 +239,27 @@ def stop(run: Run) -> None:
     run.check(charged == 0, "nothing was charged")
 
 
+def silent_server(run: Run) -> None:
+    """Stop it while a server answers nothing (SIGSTOP), and start it again"""
+    machine, comfyd = run.machine, run.comfyd
+    comfyd.drop("silent", 6, 0.4)
+    machine.run("systemctl kill -s STOP comfyui")
+    comfyd.drop("meanwhile", 4, 0.1)
+    time.sleep(3)
+    began_s = time.monotonic()
+    machine.run("systemctl stop comfyd")
+    took_s = time.monotonic() - began_s
+    run.check(took_s < STOP_S, f"it has gone after {took_s:.1f} s")
+    began_s = time.monotonic()
+    machine.run("systemctl start comfyd")
+    took_s = time.monotonic() - began_s
+    run.check(comfyd.ready(), f"it is ready after {took_s:.1f} s, whatever the server does")
+    machine.run("systemctl kill -s CONT comfyui")
+    comfyd.all_delivered()
+    charged = comfyd.metrics()['comfyd_attempts_charged_total{server="local"}']
+    run.check(charged == 0, "nothing was charged")
+
+
 def instance(run: Run) -> None:
     """A second daemon, comfyd@night, whose spool and state are on a disk of 64 MB"""
     machine = run.machine
@@ -325,7 +346,7 @@ def uninstall(run: Run) -> None:
 
 STEPS: Final[tuple[Callable[[Run], None], ...]] = (
     install, simulator, submitters, hardening, credential, bad_configuration, second_daemon, reload,
-    kill, hang, stop, instance, full_disk, upgrade, quiet, uninstall,
+    kill, hang, stop, silent_server, instance, full_disk, upgrade, quiet, uninstall,
 )  # fmt: skip
 
 
