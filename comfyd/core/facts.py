@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comfyd.core.model import Fence, JobId, PromptId, Record, Row, ServerName, Staged
+from comfyd.core.policy import Policy
+from comfyd.core.server import Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +379,14 @@ class ForgetAsked:
     server: ServerName
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconfigured:
+    """A new configuration holds: these servers, as nothing was known of them yet, and numbers."""
+
+    servers: tuple[Server, ...]
+    policy: Policy
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """A deadline passed."""
@@ -400,6 +410,7 @@ News = (
     | DrainAsked
     | ResumeAsked
     | ForgetAsked
+    | Reconfigured
     | Tick
 )
 Fact = Answer | Hint | News

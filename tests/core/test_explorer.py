@@ -32,6 +32,7 @@ WORLDS = {
     "wishes": ("S", {"hold": 1, "cancel": 1, "crash": 1}, 2, Scene(down="S", queue_s=2)),
     "wishes about servers": ("ST", {"drain": 2, "crash": 1}, 2, PLAIN),
     "disks": ("S", {"full": 1, "disk": 1, "conflict": 1, "crash": 1}, 2, PLAIN),
+    "a server is removed": ("ST", {"remove": 1, "hang": 1, "crash": 1}, 2, PLAIN),
     "fetched back": ("ST", {"crash": 1, "cancel": 1}, 1, Scene(down="T", busy="S")),
 }
 
