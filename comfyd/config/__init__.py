@@ -39,7 +39,7 @@ from comfyd.errors import ConfigError
 __all__ = [
     "Audit", "Client", "Completion", "Config", "Health", "History", "Jobs", "Listen", "Log",
     "Metrics", "Outputs", "Retention", "Retentions", "Secret", "Server", "Tracker", "Watch",
-    "check", "defaults", "find_config", "load", "parse",
+    "check", "defaults", "find_config", "load", "parse", "read",
 ]  # fmt: skip
 
 SYSTEM_CONFIG: Final = Path("/etc/comfyd/comfyd.yaml")
@@ -72,7 +72,7 @@ def load(path: Path) -> Config:
       ConfigError: It cannot be read, or the first problem in it.
 
     """
-    config, problems = _read(path)
+    config, problems = read(path)
     if config is None:
         raise problems[0]
     return config
@@ -80,7 +80,7 @@ def load(path: Path) -> Config:
 
 def check(path: Path) -> list[ConfigError]:
     """Every problem of the file at *path*, in the order of its lines; empty if it is good."""
-    return _read(path)[1]
+    return read(path)[1]
 
 
 def parse(
@@ -108,7 +108,8 @@ def defaults(base: Path) -> Config:
     return Config(spool=base / "spool", state=base / "state")
 
 
-def _read(path: Path) -> tuple[Config | None, list[ConfigError]]:
+def read(path: Path) -> tuple[Config | None, list[ConfigError]]:
+    """The file at *path* and no problem; or None and every problem, in the order of its lines."""
     try:
         with path.open("rb") as file:
             # UTF-8 takes at most four bytes a character: what is cut off here is too large anyway.

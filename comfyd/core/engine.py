@@ -668,7 +668,7 @@ class Engine:
                 if server.client_id is not None:
                     grace_s = self.policy.listen_grace_s
                     self._set(fact.server, client_id=None, listen_by_s=now_s + grace_s)
-                if fact.cause != "deaf":  # so a restart looks
+                if fact.cause not in {"deaf", "reload"}:  # so a restart looks
                     self.fleet.put(self.servers[fact.server].renewed())
                 cause = "deaf" if fact.cause == "deaf" else "disconnected"
                 alone = sum(not job.live.ended for job in here) == 1

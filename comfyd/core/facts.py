@@ -247,7 +247,8 @@ class Connected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disconnected:
-    """The tracker's connection ended. *cause*: closed, ping_timeout, deaf or error."""
+    """The tracker's connection ended. *cause*: closed, ping_timeout, deaf, error, or reload, if we
+    ended it to connect with other headers."""
 
     server: ServerName
     cause: str

@@ -216,7 +216,7 @@ def drained(before: Server, after: Server, in_flight: int) -> tuple[bool, str]:
 
 
 def server_resumed(
-    before: Server, was: str, after: Server, trouble: str, in_flight: int
+    before: Server, was: str, after: Server, trouble: str, in_flight: int = 0
 ) -> tuple[bool, str]:
     """Whether it may be used again, and a sentence.
 

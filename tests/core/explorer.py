@@ -123,7 +123,9 @@ class World:
     # --- the daemon ------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self.engine = engines.Engine(self.fleet(), POLICY, Counter(r.state for r in self.store.values()))
+        self.engine = engines.Engine(
+            self.fleet(), POLICY, Counter(r.state for r in self.store.values())
+        )
         idle = {State.QUEUED, State.HELD}
         rows = [r for r in self.store.values() if r.state not in idle and not r.retired]
         fences = tuple(self.fences.values())
@@ -146,8 +148,10 @@ class World:
         return self.engine is not None and ServerName(name) in self.engine.servers
 
     def meet(self, name: str) -> None:
+        assert self.engine is not None
         hung = self.sims[name].hung
-        self.tell(facts.Health(server=ServerName(name), ok=not hung))
+        health = facts.Health(server=ServerName(name), ok=not hung)
+        self.engine.handle(health, now_s=self.now_s, u=0)
         if not hung:
             self.connect(name)
 
