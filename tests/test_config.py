@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trustme
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -182,10 +183,13 @@ def test_protection_that_is_not_there_is_not_promised():
     assert "not supported" in refused(f"metrics: {{web_config: {EXAMPLE}}}").problem
 
 
-def test_a_certificate_file_must_exist(tmp_path):
+def test_a_certificate_file_must_exist_and_hold_certificates(tmp_path):
     server = {"url": "https://gpu"}
     assert refused(one_server(ca_file=str(tmp_path / "no.pem"), **server)).key.endswith(".ca_file")
     (tmp_path / "ca.pem").touch()
+    problem = refused(one_server(ca_file=str(tmp_path / "ca.pem"), **server)).problem
+    assert problem.startswith("holds no usable certificates (PEM)")
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
     found = parse(one_server(ca_file=str(tmp_path / "ca.pem"), **server)).servers[0]
     assert found.ca_file == tmp_path / "ca.pem"
 

@@ -220,7 +220,7 @@ class Server:
     url: str = setting(server_values.url)
     window: int | None = setting(server_values.window, None)
     headers: Mapping[str, Secret] = setting(server_values.headers, factory=_no_headers)
-    ca_file: Path | None = setting(values.optional(values.existing_file), None)
+    ca_file: Path | None = setting(values.optional(values.authorities), None)
     insecure: bool = setting(values.boolean, False)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
