@@ -228,7 +228,7 @@ def server_resumed(
     if after.draining:
         return UNWRITTEN
     if after.leaving:
-        return False, f"{after.name} {leaving_words(after, in_flight)}; add it there and reload."
+        return False, f"{after.name} {leaving_words(after, in_flight)}."
     if trouble:
         return False, f"{after.name} is still not used: {trouble}"
     if not before.draining and not was:
@@ -262,14 +262,14 @@ def draining_words(in_flight: int) -> str:
 
 def departed(name: ServerName) -> tuple[bool, str]:
     """A reload has taken the server away in the meantime."""
-    return False, f"{name} is not in the configuration any more."
+    return False, f"{name} is configured no more."
 
 
 def leaving_words(server: Server, in_flight: int) -> str:
     """What a server does that is configured no more, or at another URL, as a sentence."""
     moved = server.successor is not None
-    gone = "has another URL in the configuration" if moved else "is not in the configuration"
-    return f"{gone} any more: {_finishing(in_flight)}"
+    gone = "has another URL in the configuration" if moved else "is configured no more"
+    return f"{gone}; {_finishing(in_flight)}"
 
 
 def _finishing(in_flight: int) -> str:

@@ -97,19 +97,6 @@ def test_it_finds_a_fence_that_nobody_heeds(monkeypatch):
         explore("a", "S", {"hang": 1}, 1)
 
 
-def test_it_finds_a_fence_that_is_forgotten_with_its_server(monkeypatch):
-    """A server was removed while it hung, and is added again."""
-    real = Fleet.add
-
-    def forgetful(fleet, server, rows):
-        fleet.dormant = {}
-        return real(fleet, server, rows)
-
-    monkeypatch.setattr(Fleet, "add", forgetful)
-    with pytest.raises(AssertionError, match="an attempt that may still run"):
-        explore("a", "ST", {"hang": 1, "remove": 1}, 2, Scene(down="T"))
-
-
 def test_it_finds_a_server_that_is_let_go_too_early(monkeypatch):
     """Removed with a prompt of ours on it, of which nobody hears any more."""
     monkeypatch.setattr(Engine, "_work_of", lambda engine, server: [])
