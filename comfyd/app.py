@@ -51,7 +51,9 @@ from comfyd.spool.watcher import watch
 from comfyd.web import control, serve, site
 from comfyd.web.api import Reads
 from comfyd.web.desk import Desk
+from comfyd.web.door import Door
 from comfyd.web.exporter import Readiness
+from comfyd.web.serve import Tls
 from comfyd.web.wishes import Wishes
 
 # Files stay in new/ while so many jobs are at hand besides the queue: memory stays bounded.
@@ -257,6 +259,7 @@ async def _run(
             """Everything that keeps values of its own, and is not asked by name."""
             intake.limit(**_limits(new))
             space.disks = disks(new.spool, new.state, new.outputs.min_free_bytes)
+            protect(new)
             on_reload(new)
 
         reload = Reload(
@@ -270,6 +273,17 @@ async def _run(
             hand_over=hand_over,
         )
         watched = trio.Event()
+        tls, door = Tls(), Door({})
+
+        def protect(new: Config) -> None:
+            was, now = settings.now.metrics.web_config, new.metrics.web_config
+            if was != now or new is settings.now:
+                door.let_in(now.users if now is not None else {})
+                tls.change(now.context if now is not None else None)
+                if now is not None and now.users and now.tls is None:
+                    _log.warning("passwords_in_clear_text", file=str(now.path))
+
+        protect(config)
         listen = config.metrics.listen
         pages = site.build(
             metrics,
@@ -277,9 +291,11 @@ async def _run(
             lambda: Readiness(
                 journal_open=True, spool_watched=watched.is_set(), listener_bound=True
             ),
+            door=door,
+            headers=lambda: web.headers if (web := settings.now.metrics.web_config) else {},
         )
         host, port = await nursery.start(
-            partial(serve.serve, pages, listen.host, listen.port, stop=trio.Event())
+            partial(serve.serve, pages, listen.host, listen.port, stop=trio.Event(), tls=tls)
         )
         # Listed before the watcher starts, and before anybody can ask for a retry: what those claim
         # gets its row from there.
@@ -311,7 +327,8 @@ async def _run(
         )
         watched.set()
         nursery.start_soon(_refresh, spool, metrics, overview)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        scheme = "http" if tls.context is None else "https"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         _log.info("ready", http=url, spool=str(config.spool), servers=len(links))
         sdnotify.notify(READY="1", STATUS=overview.status_line())
         if hangups is not None:
