@@ -180,7 +180,8 @@ def test_a_first_wait_longer_than_the_longest_is_refused():
 
 
 def test_protection_that_is_not_there_is_not_promised():
-    assert "not supported" in refused(f"metrics: {{web_config: {EXAMPLE}}}").problem
+    error = refused(f"metrics: {{web_config: {EXAMPLE}}}")
+    assert "is not a setting; there are tls_server_config," in error.problem
 
 
 def test_a_certificate_file_must_exist_and_hold_certificates(tmp_path):
