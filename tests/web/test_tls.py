@@ -79,7 +79,7 @@ async def test_who_trusts_the_authority_reads(served, authority):
 
 
 async def test_who_does_not_reads_nothing_and_nor_does_plain_http(served, authority):
-    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+    with pytest.raises(httpx.ConnectError):
         await get(served[0], ssl.create_default_context())
     with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
         await get(served[0], trusting(authority), "http")
