@@ -91,6 +91,7 @@ async def test_a_job_goes_through_with_credentials_on_every_request(tmp_path, au
     for route in (b"GET /ws?", b"POST /prompt ", b"GET /history/", b"GET /view?", b"GET /prompt "):
         assert any(route in head for head in heads), route
     assert all(b"authorization: bearer hunter2" in head.lower() for head in heads)
+    assert not any(b"sec-websocket-extensions" in head.lower() for head in heads)  # no deflate
     assert "hunter2" not in (spool.done / job / "result.json").read_text()
 
 
