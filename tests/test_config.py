@@ -277,11 +277,18 @@ def test_header_values_come_from_three_places(tmp_path):
 
 
 def test_secrets_do_not_show():
-    cfg = parse(one_server(headers="{Authorization: hunter2}"))
-    secret = cfg.servers[0].headers["Authorization"]
+    cfg = parse(one_server(headers="{X-Key: hunter2}"))
+    secret = cfg.servers[0].headers["X-Key"]
     assert "hunter2" not in f"{cfg} {cfg!r} {secret} {secret!r}"
     assert secret == Secret("hunter2") != Secret("hunter3")
     assert hash(secret) == hash(Secret("hunter2"))
+
+
+@pytest.mark.parametrize("name", ["Authorization", "cookie", "Proxy-Authorization", "X-API-Key"])
+def test_a_secret_is_not_written_into_the_configuration(name):
+    error = refused(one_server(headers=f"{{{name}: hunter2}}"))
+    assert "is a secret: say {file: PATH} or {credential: NAME}" in error.problem
+    assert "hunter2" not in str(error)
 
 
 def test_configurations_with_other_secrets_differ():

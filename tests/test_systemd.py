@@ -32,6 +32,32 @@ def test_what_a_restart_cannot_mend_is_not_restarted():
     assert {int(code) for code in codes.split()} == {Exit.USAGE, Exit.BUSY, Exit.CONFIG}
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LimitCORE", "0"),
+        ("NoNewPrivileges", "yes"),
+        ("CapabilityBoundingSet", ""),
+        ("ProtectSystem", "strict"),
+        ("ProtectHome", "yes"),
+        ("PrivateTmp", "yes"),
+        ("PrivateDevices", "yes"),
+        ("RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6"),
+        ("SystemCallFilter", "@system-service"),
+        ("User", "comfyd"),
+        ("UMask", "0027"),
+    ],
+)
+def test_what_it_may_not_do(name, value):
+    assert settings(name) == [value]
+
+
+def test_a_reload_is_asked_for_and_its_answer_waited_for():
+    [command] = settings("ExecReload")
+    args = build_parser().parse_args(shlex.split(command)[1:])
+    assert (args.command, args.config) == ("reload", Path("/etc/comfyd/comfyd.yaml"))
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd here")
 def test_systemd_has_nothing_to_say_about_it(tmp_path):
     unit = tmp_path / UNIT.name

@@ -36,6 +36,10 @@ _OURS: Final = frozenset(
 )
 
 
+# A configuration file is shown to colleagues, and kept in version control.
+_SECRETS: Final = frozenset({"authorization", "cookie", "proxy-authorization", "x-api-key"})
+
+
 class Secret:
     """A text that must not be shown. Printing, formatting or logging it gives ``***``."""
 
@@ -118,6 +122,12 @@ def headers(node: Node, path: str, ctx: Context) -> Mapping[str, Secret]:
         elif name.lower() in {other.lower() for other in found}:
             ctx.report(here, "is given twice; header names ignore case", mapping.keys[name])
         else:
+            if name.lower() in _SECRETS and not isinstance(value_node, MappingNode):
+                problem = (
+                    "is a secret: say {file: PATH} or {credential: NAME}, not the secret itself"
+                )
+                ctx.report(here, problem, value_node)
+                continue
             secret = attempt(_header_value, value_node, here, ctx)
             if not isinstance(secret, Failed):
                 found[name] = secret
