@@ -65,6 +65,7 @@ REFRESH_S: Final = 10.0
 START_AGAIN_S: Final = 5.0
 
 T = TypeVar("T")
+Reread = Callable[[], tuple[Config | None, list[ConfigError]]]
 
 _log: Any = structlog.get_logger("comfyd")
 
@@ -131,7 +132,7 @@ async def run(
     config: Config,
     *,
     signals: bool = False,
-    reread: Callable[[], tuple[Config | None, list[ConfigError]]] = nothing_to_read,
+    reread: Reread = nothing_to_read,
     on_reload: Callable[[Config], None] = _told_to_nobody,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -148,6 +149,18 @@ async def run(
       ComfydError, or a group with a bug in it: fail-stop; a restart carries on from the journal.
 
     """
+    with _hangups() if signals else contextlib.nullcontext() as hangups:
+        await _started(config, hangups, reread, on_reload, task_status)
+
+
+async def _started(
+    config: Config,
+    hangups: AsyncIterator[int] | None,
+    reread: Reread,
+    on_reload: Callable[[Config], None],
+    task_status: trio.TaskStatus[Daemon],
+) -> None:
+    """From the locks to the end of the journal."""
     spool = Spool(config.spool)
     config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     await _when_there_is_space(partial(trio.to_thread.run_sync, spool.prepare))
@@ -156,7 +169,6 @@ async def run(
     metrics.prepare([server.name for server in config.servers])
     metrics.config_read(ok=True, at=clock.now_s())
     async with _locked(config), contextlib.AsyncExitStack() as stack:
-        hangups = stack.enter_context(_hangups()) if signals else None
         open_store = partial(open_or_begin_anew, config.state / "comfyd.db")
         unopened = Journal(open_store, on_commit=metrics.journal_commit)
         journal = await _when_there_is_space(partial(stack.enter_async_context, unopened))
@@ -177,7 +189,7 @@ async def _run(
     metrics: Metrics,
     journal: Journal,
     hangups: AsyncIterator[int] | None,
-    reread: Callable[[], tuple[Config | None, list[ConfigError]]],
+    reread: Reread,
     on_reload: Callable[[Config], None],
     task_status: trio.TaskStatus[Daemon],
 ) -> None:

@@ -8,6 +8,7 @@ request is long and what happened to a hundred thousand jobs is told as it happe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 from comfyd.cli.exits import Exit, Unreachable
 from comfyd.cli.place import configured
-from comfyd.cli.reading import ANSWER_S, ask_at
+from comfyd.cli.reading import ANSWER_S, ask_at, ask_daemon
 from comfyd.cli.screen import counted, put, put_json, say
 from comfyd.config import Config, find_config, state_of
 from comfyd.errors import UsageError
@@ -71,7 +72,9 @@ def reload(args: argparse.Namespace) -> int:
     """``comfyd reload``. The file may be a bad one: what is wrong with it, the daemon will say."""
     path = find_config(args.config, os.environ)
     state = Path.cwd() / "state" if path is None else state_of(path)
-    result = _asked(state, {"verb": "reload"}, WISH_S)["result"]
+    request = {"verb": "reload"}
+    with _told_that_it_takes_a_daemon(request):
+        result = ask_at(state, request, WISH_S)["result"]
     if args.json:
         put_json(result)
     elif result["ok"]:
@@ -102,12 +105,14 @@ def _portions(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _ask(config: Config, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-    return _asked(config.state, request, timeout_s)
+    with _told_that_it_takes_a_daemon(request):
+        return ask_daemon(config, request, timeout_s)
 
 
-def _asked(state: Path, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+@contextlib.contextmanager
+def _told_that_it_takes_a_daemon(request: Mapping[str, Any]) -> Iterator[None]:
     try:
-        return ask_at(state, request, timeout_s)
+        yield
     except DaemonUnreachable as error:
         hint = "" if error.sent else f" To {request['verb']} needs the running daemon."
         raise Unreachable(f"{error}{hint}") from None
