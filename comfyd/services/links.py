@@ -112,10 +112,16 @@ class Links:
     # --- the engine says so ----------------------------------------------------------------------
 
     def start(self, name: ServerName, origin: str) -> None:
-        """Begin to talk to a server."""
+        """Begin to talk to a server.
+
+        What the engine says may be older than the configuration, by a moment: a link may have gone
+        that is wanted again, and one that nobody wants any more is about to be dismissed.
+        """
         link = self.of(name, origin)
-        if link is None:  # dismissed in the moment in which it was configured again
+        if link is None:
             servers = {(each.name, each.url): each for each in self._config.servers}
+            if (name, origin) not in servers:
+                return
             link = self._made(servers[name, origin], self._config)
             self._links[name, origin] = link
             self._name()
@@ -124,9 +130,11 @@ class Links:
 
     def retire(self, name: ServerName, origin: str) -> None:
         """End a link that nobody needs any more."""
-        self._stop(self._links.pop((name, origin)), None)
-        self._name()
-        _log.info("server_removed", server=name)
+        link = self._links.pop((name, origin), None)
+        if link is not None:
+            self._stop(link, None)
+            self._name()
+            _log.info("server_removed", server=name)
 
     def _stop(self, link: Link, successor: Link | None) -> None:
         if (scope := self._scopes.pop(link, None)) is not None:

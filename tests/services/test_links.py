@@ -137,6 +137,33 @@ async def test_one_that_is_dismissed_as_it_is_configured_again_is_made_anew(tmp_
             assert rig.sample("comfyd_websocket_connected", server="a") == 1
 
 
+async def test_a_url_that_was_changed_back_leaves_nothing(tmp_path):
+    async with Front.serving() as front:
+        entry, other = f"url: '{front.url}'", "url: 'http://127.0.0.1:9'"
+        async with rigged(tmp_path, a=entry) as rig:
+            (link,) = rig.links
+            rig.reload(a=other)
+            assert len(rig.links) == 2
+            rig.reload(a=entry)
+            assert list(rig.links) == [link]
+
+
+async def test_the_engine_may_be_a_moment_behind(tmp_path):
+    """It makes room for a URL that the file has just taken back."""
+    async with Front.serving() as front:
+        entry, other = f"url: '{front.url}'", "url: 'http://127.0.0.1:9'"
+        async with rigged(tmp_path, a=entry) as rig:
+            (link,) = rig.links
+            rig.reload(a=other)
+            rig.reload(a=entry)
+            rig.links.retire(link.name, link.origin)
+            rig.links.start(link.name, "http://127.0.0.1:9")
+            assert list(rig.links) == []
+            rig.links.retire(link.name, "http://127.0.0.1:9")  # it has been told by now
+            rig.links.start(link.name, link.origin)
+            await rig.until(lambda: len(rig.told(Connected, "a")) == 2)
+
+
 async def test_nobody_waits_for_users_that_never_were(autojump_clock):
     users = Users()
     await users.gone()
