@@ -105,7 +105,7 @@ class Link:
 
     Attributes:
       server: Its settings, as it was made with: to be reached in another way takes another link.
-      users: Orders that use its client.
+      users: Whoever uses its client: orders, and its own tasks.
 
     """
 

@@ -126,6 +126,7 @@ class Links:
             self._links[name, origin] = link
             self._name()
         self._scopes[link] = scope = trio.CancelScope()
+        link.users.join()  # its own tasks: what is cancelled may still be about to ask something
         self._nursery.start_soon(self._live, link, scope)
 
     def retire(self, name: ServerName, origin: str) -> None:
@@ -143,11 +144,14 @@ class Links:
         self._end(link)
 
     async def _live(self, link: Link, scope: trio.CancelScope) -> None:
-        with scope:
-            async with trio.open_nursery() as nursery:
-                for task, body in link.tasks():
-                    restarted = self._metrics.task_restart
-                    nursery.start_soon(partial(supervise, task, body, on_restart=restarted))
+        try:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    for task, body in link.tasks():
+                        restarted = self._metrics.task_restart
+                        nursery.start_soon(partial(supervise, task, body, on_restart=restarted))
+        finally:
+            link.users.leave()
 
     def _end(self, link: Link) -> None:
         self._ending.add(link)

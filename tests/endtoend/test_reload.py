@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 from collections import Counter
@@ -12,8 +13,9 @@ import trio
 from comfyd.cli.exits import Exit
 from comfyd.simulator import Simulator
 from tests.endtoend import graphs
-from tests.endtoend.daemon import ROOT, Daemon
+from tests.endtoend.daemon import QUICK, ROOT, Daemon
 from tests.endtoend.oracle import runs_by_job
+from tests.endtoend.seeds import drawn_seed
 from tests.endtoend.waiting import until
 
 JOBS = 60
@@ -106,3 +108,42 @@ async def test_a_bad_file_changes_nothing_and_a_good_one_does(simulator, tmp_pat
             await daemon.finish(2, within_s=20)
     reasons = {result["reason"] for result in daemon.results().values() if "reason" in result}
     assert reasons == {"invalid_job"}  # too large by now
+
+
+async def test_a_storm_of_reloads_costs_no_run(tmp_path):
+    """Servers come, go, change their URLs, headers and windows, by chance and all the time."""
+    chance = random.Random(drawn_seed())
+    simulators = {name: Simulator(run_s=0.02) for name in "abc"}
+    with trio.fail_after(PATIENCE_S):
+        async with trio.open_nursery() as nursery:
+            urls = {name: await nursery.start(each.serve) for name, each in simulators.items()}
+            daemon = Daemon(tmp_path, urls)
+            async with daemon.running():
+                for number in range(2 * JOBS):
+                    daemon.drop(f"job-{number}.json", graphs.picture(number))
+                for _ in range(20):
+                    names = chance.sample(sorted(urls), chance.randint(1, 3))
+                    there = dict(zip(names, chance.sample(sorted(urls.values()), 3), strict=False))
+                    if chance.random() < 0.6:
+                        there = {name: urls[name] for name in names}
+                    servers = [
+                        {
+                            "name": name,
+                            "url": there[name],
+                            "headers": {"X-Try": f"{chance.randint(1, 2)}"},
+                            "window": chance.randint(1, 4),
+                        }
+                        for name in names
+                    ]
+                    stale = {**QUICK["audit"], "stale_after": f"{chance.randint(2, 9)}s"}
+                    daemon.rewrite(servers=servers, audit=stale)
+                    os.kill(daemon.pid, signal.SIGHUP)
+                    await trio.sleep(chance.uniform(0, 0.4))
+                await daemon.finish(2 * JOBS, within_s=40)
+            nursery.cancel_scope.cancel()
+    results = daemon.results()
+    assert Counter(result["state"] for result in results.values()) == {"done": 2 * JOBS}
+    runs: Counter[str] = Counter()
+    for simulator in simulators.values():
+        runs += runs_by_job(simulator, results)
+    assert set(runs.values()) == {1}, "a job was executed twice"

@@ -137,6 +137,20 @@ async def test_one_that_is_dismissed_as_it_is_configured_again_is_made_anew(tmp_
             assert rig.sample("comfyd_websocket_connected", server="a") == 1
 
 
+async def test_a_link_may_go_at_any_moment_of_its_tasks(tmp_path):
+    """A task that was about to ask something when it was cancelled finds the client open."""
+    async with Front.serving() as front:
+        entry = f"url: '{front.url}'"
+        async with rigged(tmp_path, a=entry) as rig:
+            for _ in range(20):
+                (link,) = rig.links
+                await rig.until(lambda link=link: link.health.stats is not None)
+                await trio.sleep(0.01)  # it waits for its next turn
+                link.health.poke()
+                rig.links.retire(link.name, link.origin)
+                rig.links.start(link.name, link.origin)
+
+
 async def test_a_url_that_was_changed_back_leaves_nothing(tmp_path):
     async with Front.serving() as front:
         entry, other = f"url: '{front.url}'", "url: 'http://127.0.0.1:9'"
