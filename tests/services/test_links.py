@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ async def test_a_link_may_go_at_any_moment_of_its_tasks(tmp_path):
         async with rigged(tmp_path, a=entry) as rig:
             for _ in range(20):
                 (link,) = rig.links
-                await rig.until(lambda link=link: link.health.stats is not None)
+                await rig.until(partial(getattr, link.health, "stats"))
                 await trio.sleep(0.01)  # it waits for its next turn
                 link.health.poke()
                 rig.links.retire(link.name, link.origin)
