@@ -9,6 +9,7 @@ makes it an error.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -34,7 +35,6 @@ from packaging.utils import canonicalize_name
 ROOT: Final = Path(__file__).parents[1]
 PINS: Final = ROOT / "constraints.txt"
 TOOL: Final = ROOT / ".ci" / "pip-audit.txt"
-TOOL_HOME: Final = ROOT / ".venv" / "audit"
 # Where pip-audit asks; this one of our dependencies is there if anything is.
 SERVICE: Final = "https://pypi.org/pypi"
 KNOWN: Final = "trio/0.35.0"
@@ -226,10 +226,11 @@ def unreachable(service: str) -> str:
 
 def tool() -> Path:
     """pip-audit, installed by its pins if it is not there yet."""
-    program = TOOL_HOME / "bin" / "pip-audit"
+    home = ROOT / ".venv" / f"audit-{hashlib.sha256(TOOL.read_bytes()).hexdigest()[:8]}"
+    program = home / "bin" / "pip-audit"
     if not program.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(TOOL_HOME)], check=True)
-        pip = [str(TOOL_HOME / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+        pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "--quiet", "--no-deps", "-r", str(TOOL)], check=True)
     return program
 

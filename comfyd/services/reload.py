@@ -87,7 +87,8 @@ class Reload:
             return problems
 
     async def _reloaded(self) -> list[str]:
-        new, problems = await trio.to_thread.run_sync(self._reread)
+        # A file on a file system that hangs must not keep the daemon from stopping.
+        new, problems = await trio.to_thread.run_sync(self._reread, abandon_on_cancel=True)
         if new is None:
             return [str(problem) for problem in problems]
         changed = list(changes(self._settings.now, new))
