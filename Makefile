@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 COMFYUI_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check contract explore prove dist systemd-test
+.PHONY: help demo test check audit contract explore prove dist systemd-test
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -20,11 +20,15 @@ demo: $(STAMP)  ## Run sample jobs through a daemon and a simulated ComfyUI
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest
 
-check: $(STAMP)  ## Format, lint, types and import directions
+check: $(STAMP)  ## Format, lint, types, import directions and dependencies
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/audit.py
+
+audit: $(STAMP)  ## Look for known vulnerabilities in what we depend on; AUDIT_STRICT=1 fails where it cannot
+	$(BIN)/python .ci/audit.py
 
 contract: $(STAMP)  ## Compare the simulator, or a real server (COMFYUI_URL=...), with what ComfyUI was recorded to say
 	COMFYUI_URL="$(COMFYUI_URL)" $(BIN)/python -m pytest tests/contract

@@ -24,11 +24,9 @@ from comfyd import __version__, sdnotify
 from comfyd.config import Config
 from comfyd.core.engine import Engine
 from comfyd.core.facts import SpaceSeen, Tick
-from comfyd.core.model import JobId, ServerName, State
-from comfyd.core.policy import Policy
-from comfyd.core.server import Server as EngineServer
+from comfyd.core.model import JobId, State
 from comfyd.core.snapshot import Snapshot
-from comfyd.errors import DiskFull, SpoolBusy
+from comfyd.errors import ConfigError, DiskFull, SpoolBusy
 from comfyd.journal.lock import StateLock
 from comfyd.journal.quarantine import open_or_begin_anew
 from comfyd.journal.store import Batch, Update
@@ -38,10 +36,12 @@ from comfyd.services.clock import Clock
 from comfyd.services.dispatcher import FULL_DISK_RETRY_S, Auditor, Dispatcher
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
+from comfyd.services.links import Links
 from comfyd.services.overview import Overview, Watched, count_files
 from comfyd.services.rebuild import rebuild
+from comfyd.services.reload import Reload
+from comfyd.services.settings import Settings, policy_of, servers_of
 from comfyd.services.space import Space, disks
-from comfyd.services.supervisor import supervise
 from comfyd.services.teller import Teller
 from comfyd.services.watchdog import Watchdog
 from comfyd.services.workshop import OrderFailed, Workshop
@@ -53,7 +53,9 @@ from comfyd.spool.watcher import watch
 from comfyd.web import control, serve, site
 from comfyd.web.api import Reads
 from comfyd.web.desk import Desk
+from comfyd.web.door import Door
 from comfyd.web.exporter import Readiness
+from comfyd.web.serve import Tls
 from comfyd.web.wishes import Wishes
 
 # Files stay in new/ while so many jobs are at hand besides the queue: memory stays bounded.
@@ -69,6 +71,7 @@ STATUS_S: Final = 2.0
 START_AGAIN_S: Final = 5.0
 
 T = TypeVar("T")
+Reread = Callable[[], tuple[Config | None, list[ConfigError]]]
 
 _log: Any = structlog.get_logger("comfyd")
 
@@ -89,19 +92,14 @@ class Daemon:
     stopped: trio.Event
 
 
-def policy_of(config: Config) -> Policy:
-    """The core's numbers, from the configuration."""
-    return Policy(
-        completion_attempts=config.completion.attempts,
-        completion_backoff_s=config.completion.backoff_s,
-        audit_interval_s=config.audit.interval_s,
-        stale_after_s=config.audit.stale_after_s,
-        orphan_interval_s=config.audit.orphan_interval_s,
-        lost_grace_s=config.audit.lost_grace_s,
-        abandon_after_s=config.audit.abandon_after_s,
-        run_timeout_s=config.jobs.run_timeout_s,
-        stall_timeout_s=config.jobs.stall_timeout_s,
-    )
+def nothing_to_read() -> tuple[Config | None, list[ConfigError]]:
+    """What a reload finds where the daemon was started without a file."""
+    problem = "there is no configuration file to read again; start the daemon with one"
+    return None, [ConfigError("", problem)]
+
+
+def _told_to_nobody(config: Config) -> None:
+    """Nobody else keeps anything of it."""
 
 
 @contextlib.asynccontextmanager
@@ -140,9 +138,16 @@ async def run(
     config: Config,
     *,
     signals: bool = False,
+    reread: Reread = nothing_to_read,
+    on_reload: Callable[[Config], None] = _told_to_nobody,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """The whole daemon, until it is cancelled or, with *signals*, until SIGTERM or SIGINT.
+
+    Args:
+      signals: Whether it is the process's business: SIGHUP reloads, SIGTERM and SIGINT end it.
+      reread: Reads the configuration again, for a reload; blocking.
+      on_reload: Told of each new configuration that holds.
 
     Raises:
       ConfigError: A folder or an address cannot be used.
@@ -150,6 +155,18 @@ async def run(
       ComfydError, or a group with a bug in it: fail-stop; a restart carries on from the journal.
 
     """
+    with _hangups() if signals else contextlib.nullcontext() as hangups:
+        await _started(config, hangups, reread, on_reload, task_status)
+
+
+async def _started(
+    config: Config,
+    hangups: AsyncIterator[int] | None,
+    reread: Reread,
+    on_reload: Callable[[Config], None],
+    task_status: trio.TaskStatus[Daemon],
+) -> None:
+    """From the locks to the end of the journal."""
     spool = Spool(config.spool)
     config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     await _when_there_is_space(partial(trio.to_thread.run_sync, spool.prepare))
@@ -163,7 +180,9 @@ async def run(
         journal = await _when_there_is_space(partial(stack.enter_async_context, unopened))
         await _when_there_is_space(partial(rebuild, config, spool, clock, journal))
         try:
-            await _run(config, spool, clock, metrics, journal, signals, task_status)
+            await _run(
+                config, spool, clock, metrics, journal, hangups, reread, on_reload, task_status
+            )
         except* OrderFailed as group:
             await _record_crash(journal, _jobs_at_hand(group))
             raise
@@ -175,24 +194,15 @@ async def _run(
     clock: Clock,
     metrics: Metrics,
     journal: Journal,
-    signals: bool,
+    hangups: AsyncIterator[int] | None,
+    reread: Reread,
+    on_reload: Callable[[Config], None],
     task_status: trio.TaskStatus[Daemon],
 ) -> None:
     """From an open journal to the end of the nursery."""
-    names = [ServerName(server.name) for server in config.servers]
-    engine = Engine(
-        [
-            EngineServer(name=ServerName(s.name), origin=s.url, window=s.window)
-            for s in config.servers
-        ],
-        policy_of(config),
-        await journal.counts(),
-    )
+    settings = Settings(config)
+    engine = Engine(servers_of(config), policy_of(config), await journal.counts())
     inbox = Inbox(engine.knows)
-    links = {
-        name: Link(server, config, inbox, metrics, clock)
-        for name, server in zip(names, config.servers, strict=True)
-    }
     auditor = Auditor(inbox, clock)
     active = await journal.active()
     crashed = not journal.opened_cleanly()
@@ -213,10 +223,12 @@ async def _run(
     space = Space(disks(config.spool, config.state, config.outputs.min_free_bytes), inbox.put)
     await space.look()
     stopped = trio.Event()
-    async with _closing(links.values()), trio.open_nursery() as nursery:
-        if signals:
+    async with contextlib.AsyncExitStack() as afterwards, trio.open_nursery() as nursery:
+        links = Links(nursery, config, inbox, metrics, clock)
+        afterwards.push_async_callback(links.aclose)
+        if hangups is not None:
             await nursery.start(_stop_on_signal, asked)
-        workshop = Workshop(nursery, links, spool, config, inbox, metrics, clock, space)
+        workshop = Workshop(nursery, links, spool, settings, inbox, metrics, clock, space)
         dispatcher = Dispatcher(
             engine,
             inbox,
@@ -234,7 +246,7 @@ async def _run(
             spool,
             clock,
             version=__version__,
-            watched={name: _watched(link) for name, link in links.items()},
+            watched=lambda name, origin: _watched(links.of(name, origin), origin),
             waiting=lambda: (
                 "Waiting for space to write the journal; make room, or raise the quota."
                 if dispatcher.waits_for_space
@@ -243,11 +255,7 @@ async def _run(
         )
         intake = Intake(
             spool,
-            settle_s=config.watch.settle_s,
-            max_file_bytes=config.jobs.max_file_bytes,
-            max_attempts=config.jobs.max_attempts,
-            queue_timeout_s=config.jobs.queue_timeout_s,
-            workflows=config.workflows,
+            **_limits(config),
             next_seq=count(await journal.last_seq() + 1).__next__,
             now_s=clock.now_s,
             known=lambda job: trio.from_thread.run(journal.get, job) is not None,
@@ -258,11 +266,43 @@ async def _run(
             engine,
             inbox,
             dispatcher,
-            again=partial(
-                claim_again, intake, max_file_bytes=config.jobs.max_file_bytes, now_s=clock.now_s
+            again=lambda row: claim_again(
+                intake,
+                row,
+                max_file_bytes=settings.now.jobs.max_file_bytes,
+                now_s=clock.now_s,
             ),
         )
+
+        def hand_over(new: Config) -> None:
+            """Everything that keeps values of its own, and is not asked by name."""
+            intake.limit(**_limits(new))
+            space.disks = disks(new.spool, new.state, new.outputs.min_free_bytes)
+            protect(new)
+            on_reload(new)
+
+        reload = Reload(
+            settings,
+            links,
+            inbox,
+            dispatcher,
+            metrics,
+            clock,
+            reread=reread,
+            hand_over=hand_over,
+        )
         watched = trio.Event()
+        tls, door = Tls(), Door({})
+
+        def protect(new: Config) -> None:
+            was, now = settings.now.metrics.web_config, new.metrics.web_config
+            if was != now or new is settings.now:
+                door.let_in(now.users if now is not None else {})
+                tls.change(now.context if now is not None else None)
+                if now is not None and now.users and now.tls is None:
+                    _log.warning("passwords_in_clear_text", file=str(now.path))
+
+        protect(config)
         listen = config.metrics.listen
         pages = site.build(
             metrics,
@@ -270,18 +310,19 @@ async def _run(
             lambda: Readiness(
                 journal_open=True, spool_watched=watched.is_set(), listener_bound=True
             ),
+            door=door,
+            headers=lambda: web.headers if (web := settings.now.metrics.web_config) else {},
         )
         host, port = await nursery.start(
-            partial(serve.serve, pages, listen.host, listen.port, stop=trio.Event())
+            partial(serve.serve, pages, listen.host, listen.port, stop=trio.Event(), tls=tls)
         )
         # Listed before the watcher starts, and before anybody can ask for a retry: what those claim
         # gets its row from there.
         left = await trio.to_thread.run_sync(lambda: sorted(os.listdir(spool.claimed)))
-        verbs = {**desk.verbs(), **wishes.verbs()}
+        verbs = {**desk.verbs(), **wishes.verbs(), "reload": reload.verb}
         await nursery.start(control.serve_control, config.state / "control.sock", verbs)
-        for link in links.values():
-            for task, body in link.tasks():
-                nursery.start_soon(partial(supervise, task, body, on_restart=metrics.task_restart))
+        for link in list(links):
+            links.start(link.name, link.origin)
         nursery.start_soon(space.run)
         nursery.start_soon(auditor.run)
         nursery.start_soon(dispatcher.run)
@@ -290,7 +331,7 @@ async def _run(
             partial(
                 watch,
                 intake,
-                rescan_s=config.watch.rescan_s,
+                rescan_s=lambda: settings.now.watch.rescan_s,
                 send=inbox.claim,
                 paused=lambda: (
                     asked.is_set()
@@ -308,13 +349,15 @@ async def _run(
         nursery.start_soon(_refresh, spool, metrics)
         nursery.start_soon(_tell_systemd, overview, asked)
         nursery.start_soon(_finish, asked, inbox, dispatcher, workshop, nursery.cancel_scope)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        scheme = "http" if tls.context is None else "https"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         _log.info("ready", http=url, spool=str(config.spool), servers=len(links))
         sdnotify.notify(READY="1", STATUS=overview.status_line())
+        if hangups is not None:
+            nursery.start_soon(_reload_on_signal, hangups, reload)
         if (watched_s := sdnotify.watchdog_s()) is not None:
-            nursery.start_soon(
-                _watchdog(watched_s / 2, inbox, dispatcher, journal, links.values).run
-            )
+            watchdog = _watchdog(watched_s / 2, inbox, dispatcher, journal, lambda: list(links))
+            nursery.start_soon(watchdog.run)
         task_status.started(Daemon(url, overview.snapshot, asked.set, stopped))
     stopped.set()
     with trio.move_on_after(FAREWELL_S, shield=True):
@@ -322,15 +365,17 @@ async def _run(
     _log.info("stopped")
 
 
-@contextlib.asynccontextmanager
-async def _closing(links: Iterable[Link]) -> AsyncIterator[None]:
-    """However it ends, leave no connection open."""
-    try:
-        yield
-    finally:
-        with trio.move_on_after(FAREWELL_S, shield=True):
-            for link in links:
-                await link.client.aclose()
+@contextlib.contextmanager
+def _hangups() -> Iterator[AsyncIterator[int]]:
+    """SIGHUP, from now on; those that come before anybody asks are not lost, and none ends us."""
+    with trio.open_signal_receiver(signal.SIGHUP) as received:
+        yield received
+
+
+async def _reload_on_signal(hangups: AsyncIterator[int], reload: Reload) -> None:
+    """Read the configuration again at each SIGHUP."""
+    async for _ in hangups:
+        await reload.reload()
 
 
 async def _stop_on_signal(
@@ -424,7 +469,20 @@ async def _tell_systemd(overview: Overview, asked: trio.Event) -> None:
             await asked.wait()
 
 
-def _watched(link: Link) -> Watched:
+def _limits(config: Config) -> dict[str, Any]:
+    """The intake's."""
+    return {
+        "settle_s": config.watch.settle_s,
+        "max_file_bytes": config.jobs.max_file_bytes,
+        "max_attempts": config.jobs.max_attempts,
+        "queue_timeout_s": config.jobs.queue_timeout_s,
+        "workflows": config.workflows,
+    }
+
+
+def _watched(link: Link | None, origin: str) -> Watched:
+    if link is None:  # it was enlisted in this moment
+        return Watched(origin, lambda: "connecting", lambda: None, lambda: "not asked yet")
     return Watched(
         url=link.client.endpoint.base_url,
         tracker=lambda: link.tracker.state,

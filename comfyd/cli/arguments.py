@@ -106,6 +106,16 @@ that answers is not forgotten: its prompts are alive; drain it.
 )
 
 
+_RELOAD: Final = """
+Servers, timeouts and limits change without losing a job or a connection that need not go. A server
+that is taken out of the file gets nothing more and goes when it has finished what it runs; what
+only waits there is fetched back. A bad file changes nothing, and what is wrong with it is said here
+and in the daemon's log. What needs a restart (spool, state, metrics.listen) is refused as a whole.
+SIGHUP does the same.
+exit codes: 0 it holds, 78 it does not, 64 usage, 69 no daemon is running
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that leaves the last word, and the exit code, to its caller."""
 
@@ -190,6 +200,7 @@ def build_parser() -> Parser:
         if server:
             named.add_argument("server", nargs=server, metavar="SERVER", help="its name")
 
+    command("reload", "let the daemon read its configuration again", json=True, told=_RELOAD)
     config = command("check-config", "check a configuration file", json=True)
     config.add_argument("file", nargs="?", type=Path, metavar="FILE")
 

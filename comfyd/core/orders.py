@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from comfyd.core import model
 from comfyd.core.facts import LateSuccess, Token, Wish
-from comfyd.core.model import Row
+from comfyd.core.model import Row, ServerName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,22 @@ class Fence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Enlist:
+    """Talk to this server from now on. No answer but its news."""
+
+    server: ServerName
+    origin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dismiss:
+    """Nothing of ours is left on this server: talk to it no more. No answer."""
+
+    server: ServerName
+    origin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summon:
     """Read the rows of the jobs that *purposes* are about. Answer: Summoned."""
 
@@ -103,4 +119,6 @@ class Refill:
 JobOrder = Submit | Probe | Stop | Fetch | Collect | Publish | Retire
 Read = Refill | Summon | Expire
 """What the dispatcher reads from the journal at once, so that nothing is older than in memory."""
-Order = JobOrder | Fence | Read
+Task = JobOrder | Fence | Enlist | Dismiss
+"""What is carried out beside the dispatcher."""
+Order = Task | Read

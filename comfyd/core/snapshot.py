@@ -10,7 +10,7 @@ from typing import Any, Final
 from comfyd.core.present import bare_url, rfc3339
 from comfyd.core.server import Server
 from comfyd.core.wire.stats import Device
-from comfyd.core.wishes import draining_words
+from comfyd.core.wishes import draining_words, leaving_words
 
 JOBS_MAX: Final = 200
 """Jobs in one snapshot at most: more than 12 full windows, and a page is still readable."""
@@ -21,7 +21,7 @@ class ServerState(enum.Enum):
 
     DOWN = "down"  # the last health probe failed, or the server must not be used
     WEDGED = "wedged"  # it answers, but prompts do not move: nothing more is sent
-    DRAINING = "draining"  # a person asked to let it finish
+    DRAINING = "draining"  # a person asked to let it finish, or it is configured no more
     DEAF = "deaf"  # it works, but sends no events: it is polled
     UP = "up"
 
@@ -39,6 +39,8 @@ def state_of(server: Server, *, trouble: str, down: str, in_flight: int) -> tupl
         return ServerState.DOWN, down
     if trouble:
         return ServerState.WEDGED, trouble
+    if server.leaving:
+        return ServerState.DRAINING, leaving_words(server, in_flight)
     if server.draining:
         return ServerState.DRAINING, draining_words(in_flight)
     return (ServerState.DEAF if server.stalled else ServerState.UP), ""

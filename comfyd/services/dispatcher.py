@@ -16,7 +16,7 @@ from comfyd.core.facts import Claimed, Fact, Summoned, Tick
 from comfyd.core.keys import Absorbed, judge
 from comfyd.core.model import Row
 from comfyd.core.notes import Note
-from comfyd.core.orders import Expire, Fence, JobOrder, Read, Refill, Summon
+from comfyd.core.orders import Expire, Read, Refill, Summon, Task
 from comfyd.errors import DiskFull, JournalError
 from comfyd.journal.store import Alias, Batch, Event, Insert, Lift, Raise, Remember, Update
 from comfyd.journal.thread import Journal
@@ -52,7 +52,7 @@ class Dispatcher:
         journal: Journal,
         clock: Clock,
         *,
-        perform: Callable[[JobOrder | Fence], None],
+        perform: Callable[[Task], None],
         observe: Callable[[Iterable[Note]], None],
         on_deadline: Callable[[float], None],
         on_absorbed: Callable[[Absorbed], None],

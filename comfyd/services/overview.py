@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,7 @@ class Overview:
     """Makes snapshots.
 
     Args:
-      watched: The shells of every configured server.
+      watched: What the shells know of a server, by its name and URL.
       waiting: What everything waits for, as a sentence; "" if nothing.
 
     """
@@ -53,7 +53,7 @@ class Overview:
         clock: Clock,
         *,
         version: str,
-        watched: Mapping[ServerName, Watched],
+        watched: Callable[[ServerName, str], Watched],
         waiting: Callable[[], str],
     ) -> None:
         self._engine = engine
@@ -104,7 +104,7 @@ class Overview:
         return " ".join(filter(None, [f"{line}.", paused, self._waiting()]))
 
     def _server(self, server: EngineServer, at: float) -> ServerView:
-        watched = self._watched[server.name]
+        watched = self._watched(server.name, server.origin)
         stats = watched.stats()
         in_flight = len(self._engine.on_server[server.name])
         state, reason = state_of(

@@ -99,6 +99,7 @@ class Space:
 
     Attributes:
       waiting: What everything waits for, as a sentence; "" if there is enough.
+      disks: May be replaced; the next look is at those.
 
     Args:
       tell: Takes the news: at the start, and whenever it changes.
@@ -106,7 +107,7 @@ class Space:
     """
 
     def __init__(self, disks: list[Disk], tell: Callable[[SpaceSeen], None]) -> None:
-        self._disks = disks
+        self.disks = disks
         self._tell = tell
         self._told: bool | None = None
         self._refused = trio.Event()
@@ -133,7 +134,7 @@ class Space:
             self._tell(SpaceSeen(enough=enough))
 
     def _problem(self, eager: bool, refused: bool) -> str:
-        problems = (disk.problem(eager=eager, refused=refused) for disk in self._disks)
+        problems = (disk.problem(eager=eager, refused=refused) for disk in self.disks)
         return next(filter(None, problems), "")
 
     async def run(self) -> None:

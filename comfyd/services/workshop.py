@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 
 import structlog
 import trio
 
-from comfyd.config import Config
 from comfyd.core import orders
 from comfyd.core.facts import (
     Answer,
@@ -24,13 +22,15 @@ from comfyd.core.facts import (
     Uncollected,
 )
 from comfyd.core.keys import Absorbed
-from comfyd.core.model import JobId, Row, ServerName
+from comfyd.core.model import JobId, Row
 from comfyd.errors import DiskFull, ServerError
 from comfyd.metrics import Metrics, reason_of
 from comfyd.services import fetcher, submitter
 from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
+from comfyd.services.links import Links
+from comfyd.services.settings import Settings
 from comfyd.services.space import Space
 from comfyd.spool.delivery import retire
 from comfyd.spool.layout import Spool
@@ -62,9 +62,9 @@ class Workshop:
     def __init__(
         self,
         nursery: trio.Nursery,
-        links: Mapping[ServerName, Link],
+        links: Links,
         spool: Spool,
-        config: Config,
+        settings: Settings,
         inbox: Inbox,
         metrics: Metrics,
         clock: Clock,
@@ -73,15 +73,8 @@ class Workshop:
         self._nursery = nursery
         self._links = links
         self._spool = spool
+        self._settings = settings
         self._inbox, self._metrics, self._clock = inbox, metrics, clock
-        self._unique_prefix = config.outputs.unique_prefix
-        self._limits = fetcher.Limits(
-            history_attempts=config.history.attempts,
-            history_backoff_s=config.history.backoff_s,
-            max_bytes=config.outputs.max_bytes,
-            min_free_bytes=config.outputs.min_free_bytes,
-            include_temp=config.outputs.include_temp,
-        )
         self._space = space
         self._short: dict[JobId, int] = {}
         self._at_work = 0
@@ -89,17 +82,32 @@ class Workshop:
         self._fetches = trio.CapacityLimiter(FETCHES)
         self._collects = trio.CapacityLimiter(COLLECTS)
 
-    def perform(self, order: orders.JobOrder | orders.Fence) -> None:
+    def perform(self, order: orders.Task) -> None:
         """Start on *order*; its answer goes to the inbox."""
-        if isinstance(order, orders.Fence):  # only given for servers that are configured
-            self._links[order.fence.server].prober.ask(order)
-            return
-        link = self._link(order.row)
+        match order:
+            case orders.Enlist():
+                self._links.start(order.server, order.origin)
+                return
+            case orders.Dismiss():
+                self._links.retire(order.server, order.origin)
+                return
+            case orders.Fence():  # only given for servers that are configured
+                link = self._links.of(order.fence.server, order.fence.origin)
+                assert link is not None, f"no link for {order}"
+                link.prober.ask(order)
+                return
+            case _:
+                pass
+        # A name whose URL changed is another server.
+        row = order.row
+        link = self._links.of(row.server, row.origin) if row.server and row.origin else None
         if isinstance(order, orders.Probe | orders.Stop) and link is not None:
             link.prober.ask(order)
-        else:
-            self._at_work += 1
-            self._nursery.start_soon(self._carry_out, order, link)
+            return
+        if link is not None:
+            link.users.join()
+        self._at_work += 1
+        self._nursery.start_soon(self._carry_out, order, link)
 
     async def idle(self) -> None:
         """Until nothing is being submitted, fetched, collected or published."""
@@ -125,11 +133,6 @@ class Workshop:
         if left:
             _log.warning("left_in_claimed", problem=left)
 
-    def _link(self, row: Row) -> Link | None:
-        """The server that *row* is about: a name whose URL changed is another server."""
-        link = self._links.get(row.server) if row.server else None
-        return link if link is not None and link.origin == row.origin else None
-
     async def _carry_out(self, order: orders.JobOrder, link: Link | None) -> None:
         try:
             answer = await self._answer(order, link)
@@ -139,6 +142,8 @@ class Workshop:
             self._at_work -= 1
             if not self._at_work:
                 self._idle.set()
+            if link is not None:
+                link.users.leave()
         match answer:
             case CollectFailed(cause=Uncollected.DISK) | PublishDelayed():
                 self._space.refused()
@@ -154,7 +159,7 @@ class Workshop:
                         order,
                         link.client if link else None,
                         self._spool,
-                        self._limits,
+                        self._limits(),
                         now_s=self._clock.now_s,
                         on_retry=partial(self._retried, "download"),
                         short=self._short,
@@ -173,7 +178,7 @@ class Workshop:
                         order,
                         link.client,
                         self._spool,
-                        unique_prefix=self._unique_prefix,
+                        unique_prefix=self._settings.now.outputs.unique_prefix,
                         on_posted=link.tracker.posted,
                     )
             case orders.Fetch():
@@ -181,12 +186,22 @@ class Workshop:
                     return await fetcher.fetch(
                         order,
                         link.client,
-                        self._limits,
+                        self._limits(),
                         on_fetch=self._metrics.history_fetch,
                         on_retry=partial(self._retried, "history"),
                     )
             case _:
                 raise AssertionError(f"nobody carries out {order}")
+
+    def _limits(self) -> fetcher.Limits:
+        config = self._settings.now
+        return fetcher.Limits(
+            history_attempts=config.history.attempts,
+            history_backoff_s=config.history.backoff_s,
+            max_bytes=config.outputs.max_bytes,
+            min_free_bytes=config.outputs.min_free_bytes,
+            include_temp=config.outputs.include_temp,
+        )
 
     def _retried(self, operation: str, error: ServerError) -> None:
         self._metrics.retry(operation, reason_of(error))

@@ -36,6 +36,7 @@ class Rig:
         self.batch = Batch()
         self.given: list[orders.JobOrder] = []
         self.fenced: list[orders.Fence] = []
+        self.links: list[orders.Enlist | orders.Dismiss] = []
         self.fences: dict[str, model.Fence] = {}
         self.engine.load([], crashed=False, now_s=self.now_s, u=0.0)
         for server in servers:
@@ -59,6 +60,8 @@ class Rig:
                 del self.fences[prompt_id]
             reads = [o for o in self.batch.orders if isinstance(o, orders.Read)]
             given += [o for o in self.batch.orders if isinstance(o, orders.JobOrder)]
+            links = [o for o in self.batch.orders if isinstance(o, orders.Enlist | orders.Dismiss)]
+            self.links += links
             self.fenced += [o for o in self.batch.orders if isinstance(o, orders.Fence)]
             if not reads:
                 break

@@ -80,8 +80,8 @@ class Rig:
     def refuse(self) -> None:
         self.refused += 1
 
-    def perform(self, order: orders.JobOrder | orders.Fence) -> None:
-        assert not isinstance(order, orders.Fence)
+    def perform(self, order: orders.Task) -> None:
+        assert isinstance(order, orders.JobOrder)
         stored = self.disk.get(order.row.job)
         assert stored is not None, "an order before its commit"
         self.performed.append((self.clock.now_s() - WALL_S, order, stored.state))
