@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 COMFYUI_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check boards contract explore prove prove-comfyui screenshot
+.PHONY: help demo test check audit boards contract explore prove prove-comfyui screenshot dist systemd-test
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -20,11 +20,15 @@ demo: $(STAMP)  ## Run sample jobs through a daemon and a simulated ComfyUI
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest
 
-check: $(STAMP)  ## Format, lint, types and import directions
+check: $(STAMP)  ## Format, lint, types, import directions and dependencies
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/audit.py
+
+audit: $(STAMP)  ## Look for known vulnerabilities in what we depend on; AUDIT_STRICT=1 fails where it cannot
+	$(BIN)/python .ci/audit.py
 
 boards: $(STAMP)  ## Write grafana/dashboards/ from the Python beside it
 	$(BIN)/python -m grafana.make
@@ -47,6 +51,14 @@ prove-comfyui: $(STAMP)  ## Every kind of job, output, cancel and deadline at a 
 
 screenshot: $(STAMP)  ## Take docs/status-page.png anew, of a daemon at work (needs chromium)
 	$(BIN)/python -m docs.make_screenshot
+
+dist: $(STAMP)  ## Build the wheel into dist/, with the versions it was tested with
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	cp constraints.txt dist/
+
+systemd-test: $(STAMP)  ## Install it under a real systemd and break it there (root; about 5 minutes)
+	$(BIN)/python -m tests.systemd
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "comfyd needs Python 3.11 or newer; set PYTHON=...")'

@@ -27,6 +27,7 @@ _COMMANDS: Final = {
     "check": ("jobs", "check"),
     **dict.fromkeys(("cancel", "retry", "hold", "release"), ("verbs", "jobs")),
     **dict.fromkeys(("pause", "resume", "drain", "forget"), ("verbs", "servers")),
+    "reload": ("verbs", "reload"),
     "gc": ("upkeep", "gc"),
     "snapshot": ("upkeep", "snapshot"),
     "doctor": ("doctor", "main"),

@@ -32,3 +32,12 @@ def notify(**state: str) -> None:
         # A leading @ stands for the NUL of the abstract namespace.
         sender.connect("\0" + address[1:] if address[0] == "@" else address)
         sender.send("\n".join(lines).encode())
+
+
+def watchdog_s() -> float | None:
+    """For how long systemd waits for ``WATCHDOG=1``, in seconds; None if it does not watch us."""
+    period_us = os.environ.get("WATCHDOG_USEC", "")
+    meant = os.environ.get("WATCHDOG_PID", "") or str(os.getpid())
+    if not period_us.isdecimal() or int(period_us) == 0 or meant != str(os.getpid()):
+        return None
+    return int(period_us) / 1e6

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
-from comfyd import app, config
+from comfyd import app, config, sdnotify
 from comfyd.config import Config
 from comfyd.core.model import JobId, Row, State, prompt_id_of
 from comfyd.errors import ConfigError, DiskFull, JournalError, JournalTooNew, SpoolBusy
@@ -304,3 +306,41 @@ async def test_a_journal_that_is_removed_stops_the_daemon_which_then_goes_on(tmp
         await until((spool.done / first / "result.json").exists)
         daemon.stop()
     assert dict(simulator.executions) == {prompt_id_of(first, 1): 1}
+
+
+async def test_systemd_hears_nothing_while_a_commit_hangs(tmp_path, nursery, monkeypatch):
+    simulator = Simulator(run_s=0.0)
+    configured = settings(tmp_path, await nursery.start(simulator.serve, 0))
+    spool = Spool(configured.spool)
+    hanging, let_go = threading.Event(), threading.Event()
+    real = SqliteStore.commit
+
+    def commit(store, batch):
+        hanging.set()
+        let_go.wait(20)
+        return real(store, batch)
+
+    told: list[dict[str, str]] = []
+    monkeypatch.setattr(sdnotify, "notify", lambda **state: told.append(state))
+    monkeypatch.setattr(sdnotify, "watchdog_s", lambda: 1.0)
+
+    def beats() -> int:
+        return sum("WATCHDOG" in state for state in told)
+
+    with capture_logs() as logs:
+        async with trio.open_nursery() as daemons:
+            daemon = await daemons.start(partial(app.run, configured))
+            await until(lambda: beats() >= 3)
+            monkeypatch.setattr(SqliteStore, "commit", commit)
+            job = await trio.to_thread.run_sync(drop, spool, "fox.json", slow(1, 0.0))
+            await until(hanging.is_set)
+            before = beats()
+            await trio.sleep(3)
+            assert beats() <= before + 1  # one that was being asked for
+            monkeypatch.setattr(SqliteStore, "commit", real)
+            let_go.set()
+            await until(lambda: beats() >= before + 3)
+            await until((spool.done / job / "result.json").exists)
+            daemon.stop()
+    [withheld] = [log for log in logs if log["event"] == "watchdog_withheld"]
+    assert withheld["hanging"] == "dispatcher, journal"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trustme
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,13 +181,17 @@ def test_a_first_wait_longer_than_the_longest_is_refused():
 
 
 def test_protection_that_is_not_there_is_not_promised():
-    assert "not supported" in refused(f"metrics: {{web_config: {EXAMPLE}}}").problem
+    error = refused(f"metrics: {{web_config: {EXAMPLE}}}")
+    assert "is not a setting; there are tls_server_config," in error.problem
 
 
-def test_a_certificate_file_must_exist(tmp_path):
+def test_a_certificate_file_must_exist_and_hold_certificates(tmp_path):
     server = {"url": "https://gpu"}
     assert refused(one_server(ca_file=str(tmp_path / "no.pem"), **server)).key.endswith(".ca_file")
     (tmp_path / "ca.pem").touch()
+    problem = refused(one_server(ca_file=str(tmp_path / "ca.pem"), **server)).problem
+    assert problem.startswith("holds no usable certificates (PEM)")
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
     found = parse(one_server(ca_file=str(tmp_path / "ca.pem"), **server)).servers[0]
     assert found.ca_file == tmp_path / "ca.pem"
 
@@ -273,11 +278,18 @@ def test_header_values_come_from_three_places(tmp_path):
 
 
 def test_secrets_do_not_show():
-    cfg = parse(one_server(headers="{Authorization: hunter2}"))
-    secret = cfg.servers[0].headers["Authorization"]
+    cfg = parse(one_server(headers="{X-Key: hunter2}"))
+    secret = cfg.servers[0].headers["X-Key"]
     assert "hunter2" not in f"{cfg} {cfg!r} {secret} {secret!r}"
     assert secret == Secret("hunter2") != Secret("hunter3")
     assert hash(secret) == hash(Secret("hunter2"))
+
+
+@pytest.mark.parametrize("name", ["Authorization", "cookie", "Proxy-Authorization", "X-API-Key"])
+def test_a_secret_is_not_written_into_the_configuration(name):
+    error = refused(one_server(headers=f"{{{name}: hunter2}}"))
+    assert "is a secret: say {file: PATH} or {credential: NAME}" in error.problem
+    assert "hunter2" not in str(error)
 
 
 def test_configurations_with_other_secrets_differ():

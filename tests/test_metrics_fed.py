@@ -125,8 +125,8 @@ async def a_server_that_goes(world: World) -> None:
 
 
 async def a_server_that_refuses_a_websocket(world: World) -> None:
-    world.simulator.faults.set("ws-refuse")
     await world.shows('comfyd_websocket_connected{server="s"}')
+    world.simulator.faults.set("ws-refuse")
     world.simulator.drop_connections()
 
 

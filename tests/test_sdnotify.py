@@ -48,3 +48,25 @@ def test_a_full_queue_does_not_block(systemd):
     for _ in range(5000):
         sdnotify.notify(STATUS="x" * 1000)
     assert systemd.recv(4096).startswith(b"STATUS=x")
+
+
+@pytest.mark.parametrize(
+    ("usec", "pid", "seconds"),
+    [
+        ("60000000", "", 60.0),
+        ("1500000", "ours", 1.5),
+        ("60000000", "1", None),  # meant for another process: this one only inherited it
+        ("0", "", None),
+        ("", "", None),
+        ("soon", "", None),
+    ],
+)
+def test_how_long_systemd_waits(usec, pid, seconds, monkeypatch):
+    monkeypatch.setenv("WATCHDOG_USEC", usec)
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()) if pid == "ours" else pid)
+    assert sdnotify.watchdog_s() == seconds
+
+
+def test_without_systemd_nobody_waits(monkeypatch):
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    assert sdnotify.watchdog_s() is None

@@ -106,6 +106,15 @@ that answers is not forgotten: its prompts are alive; drain it.
 )
 
 
+_RELOAD: Final = """
+Servers, timeouts and limits change without losing a job or a connection that need not go. A server
+that is taken out of the file gets nothing more and goes when it has finished what it runs; what
+only waits there is fetched back. A bad file changes nothing, and what is wrong with it is said here
+and in the daemon's log. What needs a restart (spool, state, metrics.listen) is refused as a whole.
+SIGHUP does the same.
+exit codes: 0 it holds, 78 it does not, 64 usage, 69 no daemon is running
+"""
+
 _GC: Final = """\
 Results in done/ and failed/ that exceed retention.done or retention.failed go, the oldest first,
 each folder whole; so do the stories of jobs that exceed retention.events. A job that has not ended
@@ -217,6 +226,8 @@ def build_parser() -> Parser:
         named = command(verb, about, json=True, told=told)
         if server:
             named.add_argument("server", nargs=server, metavar="SERVER", help="its name")
+
+    command("reload", "let the daemon read its configuration again", json=True, told=_RELOAD)
 
     gc = command("gc", "remove now what retention no longer keeps", json=True, told=_GC)
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")

@@ -69,7 +69,12 @@ def ask_daemon(config: Config, request: Mapping[str, Any], timeout_s: float) -> 
       Refused: It says no.
 
     """
-    answer = ask(config.state / "control.sock", request, timeout_s)
+    return ask_at(config.state, request, timeout_s)
+
+
+def ask_at(state: Path, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    """As `ask_daemon`, for who knows no more than the state folder."""
+    answer = ask(state / "control.sock", request, timeout_s)
     if answer.get("ok") is not True:
         raise Refused(str(answer.get("error") or "The daemon refused without saying why."))
     return answer

@@ -1,4 +1,5 @@
-"""The commands that change something: cancel, retry, hold, release; pause, resume, drain, forget.
+"""The commands that change something: cancel, retry, hold, release; pause, resume, drain, forget;
+reload.
 
 The running daemon does it, and says what really happened; here it is asked in portions, so that no
 request is long and what happened to a hundred thousand jobs is told as it happens.
@@ -7,16 +8,19 @@ request is long and what happened to a hundred thousand jobs is told as it happe
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final
 
 from comfyd.cli.exits import Exit, Unreachable
 from comfyd.cli.place import configured
-from comfyd.cli.reading import ANSWER_S, ask_daemon
+from comfyd.cli.reading import ANSWER_S, ask_at, ask_daemon
 from comfyd.cli.screen import counted, put, put_json, say
-from comfyd.config import Config
+from comfyd.config import Config, find_config, state_of
 from comfyd.errors import UsageError
 from comfyd.web.control_client import DaemonUnreachable
 
@@ -65,6 +69,24 @@ def servers(args: argparse.Namespace) -> int:
     return Exit.OK if result["ok"] else Exit.FAILED
 
 
+def reload(args: argparse.Namespace) -> int:
+    """``comfyd reload``. The file may be a bad one: what is wrong with it, the daemon will say."""
+    path = find_config(args.config, os.environ)
+    state = Path.cwd() / "state" if path is None else state_of(path)
+    request = {"verb": "reload"}
+    with _told_that_it_takes_a_daemon(request):
+        result = ask_at(state, request, WISH_S)["result"]
+    if args.json:
+        put_json(result)
+    elif result["ok"]:
+        put(result["what"])
+    else:
+        for problem in result["problems"]:
+            say(f"comfyd: {problem}")
+        say(f"comfyd: {result['what']}")
+    return Exit.OK if result["ok"] else Exit.CONFIG
+
+
 def _chosen(config: Config, args: argparse.Namespace) -> Iterator[list[str]]:
     """Portions of the jobs that --state and --match choose, newest first: the last in line are not
     being sent while we are on our way to them."""
@@ -84,8 +106,14 @@ def _portions(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _ask(config: Config, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-    try:
+    with _told_that_it_takes_a_daemon(request):
         return ask_daemon(config, request, timeout_s)
+
+
+@contextlib.contextmanager
+def _told_that_it_takes_a_daemon(request: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
     except DaemonUnreachable as error:
         hint = "" if error.sent else f" To {request['verb']} needs the running daemon."
         raise Unreachable(f"{error}{hint}") from None

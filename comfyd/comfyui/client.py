@@ -151,12 +151,14 @@ class Client:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.endpoint = Endpoint.parse(url, headers, ca_file)
-        self._connect_timeout_s = connect_timeout_s
-        self._submit_timeout_s = submit_timeout_s
-        self._history_timeout_s = history_timeout_s
-        self._health_timeout_s = health_timeout_s
-        self._upload_timeout_s = upload_timeout_s
-        self._download_idle_timeout_s = download_idle_timeout_s
+        self.limit(
+            connect_timeout_s=connect_timeout_s,
+            submit_timeout_s=submit_timeout_s,
+            history_timeout_s=history_timeout_s,
+            health_timeout_s=health_timeout_s,
+            upload_timeout_s=upload_timeout_s,
+            download_idle_timeout_s=download_idle_timeout_s,
+        )
         self._http = httpx.AsyncClient(
             # For plain http an empty context: it trusts nobody, and costs nothing to make.
             verify=self.endpoint.ssl_context() or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
@@ -172,6 +174,24 @@ class Client:
                 keepalive_expiry=KEEPALIVE_S,
             ),
         )
+
+    def limit(
+        self,
+        *,
+        connect_timeout_s: float,
+        submit_timeout_s: float,
+        history_timeout_s: float,
+        health_timeout_s: float,
+        upload_timeout_s: float,
+        download_idle_timeout_s: float,
+    ) -> None:
+        """Set the timeouts, as named above, of what is asked from now on."""
+        self._connect_timeout_s = connect_timeout_s
+        self._submit_timeout_s = submit_timeout_s
+        self._history_timeout_s = history_timeout_s
+        self._health_timeout_s = health_timeout_s
+        self._upload_timeout_s = upload_timeout_s
+        self._download_idle_timeout_s = download_idle_timeout_s
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -53,6 +53,7 @@ MAX_MESSAGE_BYTES: Final = 128 * 2**20
 RECEIVE_BYTES: Final = 64 * 2**10
 GOODBYE_S: Final = 1.0
 INVALID_EVERY_S: Final = 60.0
+LATE_S: Final = 10.0  # how late a busy machine may make us
 
 # Close codes by which the peer, or we, say that the other broke the protocol.
 _PROTOCOL_CODES: Final = frozenset({1002, 1003, 1007, 1009, 1010})
@@ -71,6 +72,7 @@ class Tracker:
 
     url, headers, ca_file: See ``Endpoint``.
     ask_remaining: GET /prompt; raises ``ServerError``.
+    timings: May be replaced at any time; *deaf_after_s* then holds from the next connection on.
     listener: Called from ``run``, never concurrently.
     now_s: Any monotonic clock of seconds.
     u: A random sample from [0, 1).
@@ -93,7 +95,7 @@ class Tracker:
     ) -> None:
         self._endpoint = Endpoint.parse(url, headers, ca_file)
         self._tls = self._endpoint.ssl_context()
-        self._timings = timings
+        self.timings = timings
         self._ask_remaining = ask_remaining
         self._listener = listener
         self._now_s = now_s
@@ -106,6 +108,7 @@ class Tracker:
         self._greeted_at_s = math.inf
         self._invalid_at_s = -math.inf
         self._state: State = "connecting"
+        self._due_s = math.inf  # by when the state has to change
         self.problem = ""
 
     @property
@@ -114,6 +117,10 @@ class Tracker:
         if self._canary is not None and self._canary.stalled:
             return "deaf"
         return self._state
+
+    def on_time(self) -> bool:
+        """Whether it is where it should be; False means that its task hangs."""
+        return self._now_s() < self._due_s + LATE_S
 
     def posted(self) -> None:
         """The server just answered 200 to a POST /prompt: a ``status`` is due."""
@@ -131,18 +138,21 @@ class Tracker:
         Survives what a server and a network can do. A bug, here or in the listener, is raised.
 
         """
-        first_s, max_s = self._timings.reconnect_first_s, self._timings.reconnect_max_s
         failures = 0
         while True:
             self._state, self._greeted_at_s = "connecting", math.inf
+            self._due_s = self._now_s() + self.timings.connect_timeout_s
             try:
                 await self._connection(uuid.uuid4().hex)
             except* ServerError as group:
                 self._over(group)
+            first_s, max_s = self.timings.reconnect_first_s, self.timings.reconnect_max_s
             # Not reset by connecting: a server that greets and hangs up must not be hammered.
             failures = 1 if self._now_s() - self._greeted_at_s >= max_s else failures + 1
-            self._state, self._answering = "backoff", trio.Event()
-            with trio.move_on_after(exponential_s(failures, first_s, max_s, u=self._u())):
+            delay_s = exponential_s(failures, first_s, max_s, u=self._u())
+            self._state, self._due_s = "backoff", self._now_s() + delay_s
+            self._answering = trio.Event()
+            with trio.move_on_after(delay_s):
                 await self._answering.wait()
                 failures = 0
 
@@ -172,7 +182,7 @@ class Tracker:
           ServerError: It never came up, or is over; alone or in groups. Never returns.
 
         """
-        deadline = trio.current_time() + self._timings.connect_timeout_s
+        deadline = trio.current_time() + self.timings.connect_timeout_s
         with _in_time(deadline, f"{self._endpoint.authority} took no connection"):
             try:
                 stream = await self._open_stream(
@@ -234,30 +244,30 @@ class Tracker:
         self._canary = Canary.greeted(
             self._now_s(),
             message.remaining,
-            deaf_after_s=self._timings.deaf_after_s,
-            compare_every_s=self._timings.ping_interval_s,
+            deaf_after_s=self.timings.deaf_after_s,
+            compare_every_s=self.timings.ping_interval_s,
             verdicts=self._verdicts,
         )
         self._greeted_at_s = self._now_s()
-        self._state, self.problem = "connected", ""
+        self._state, self.problem, self._due_s = "connected", "", math.inf
         self._listener.on_connect_result("ok")
         self._listener.on_connected(client_id)
 
     async def _ping(self, ws: tws.WebSocketConnection, ear: Ear) -> None:
         """The server never pings (server.py): without this a dead link looks like an idle one."""
         while True:
-            await trio.sleep(self._timings.ping_interval_s)
-            with ear.listening(self._timings.ping_timeout_s) as scope:
+            await trio.sleep(self.timings.ping_interval_s)
+            with ear.listening(self.timings.ping_timeout_s) as scope:
                 await ws.ping()
             if scope.cancelled_caught:
                 raise _Lost(
                     "ping_timeout",
-                    f"nothing came for {self._timings.ping_timeout_s:g} s after a ping",
+                    f"nothing came for {self.timings.ping_timeout_s:g} s after a ping",
                 )
 
     async def _doubt(self) -> None:
         """Ask the server, when the canary wants to know, whether we hear what it says."""
-        leave_at_s = self._now_s() + self._timings.reconnect_max_s
+        leave_at_s = self._now_s() + self.timings.reconnect_max_s
         while True:
             canary = self._live()
             look_at_s = min(canary.look_at_s, leave_at_s) if canary.stalled else canary.look_at_s
@@ -277,12 +287,12 @@ class Tracker:
                 raise _Lost("deaf", "the WebSocket is open but hears nothing")
             if deaf and not canary.stalled:
                 # Reconnecting was no help. Stay, so as to hear it as soon as that ends.
-                leave_at_s = self._now_s() + self._timings.reconnect_max_s
+                leave_at_s = self._now_s() + self.timings.reconnect_max_s
                 self._listener.on_stalled(True)
 
     async def _prompt_answer(self) -> int | None:
         """What the server says of its queue, or None if it does not say so promptly."""
-        with trio.move_on_after(self._timings.deaf_after_s):
+        with trio.move_on_after(self.timings.deaf_after_s):
             try:
                 return await self._ask_remaining()
             except ServerError:

@@ -1,7 +1,8 @@
 """The configuration: one YAML file -> one frozen ``Config``, or problems with their places.
 
 ``schema`` declares the settings, ``values`` and ``server`` read single ones, ``section`` joins the
-two, ``document`` is the YAML underneath. Nothing here waits, and only secrets are read from disk.
+two, ``document`` is the YAML underneath. Nothing here waits, and nothing is read from disk but what
+``Secrets`` lists.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from comfyd.config.schema import (
 )
 from comfyd.config.section import read_section
 from comfyd.config.server import Secret
-from comfyd.config.values import Context, Failed, attempt
+from comfyd.config.values import Context, Failed, Refused, Secrets, attempt, folder
 from comfyd.errors import ConfigError
 
 __all__ = [
     "Audit", "Client", "Completion", "Config", "Health", "History", "Jobs", "Listen", "Log",
-    "Metrics", "Outputs", "Retention", "Retentions", "Secret", "Server", "Tracker", "Watch",
-    "check", "defaults", "find_config", "load", "parse",
+    "Metrics", "Outputs", "Retention", "Retentions", "Secret", "Secrets", "Server", "Tracker",
+    "Watch", "check", "defaults", "find_config", "load", "parse", "read", "state_of",
 ]  # fmt: skip
 
 SYSTEM_CONFIG: Final = Path("/etc/comfyd/comfyd.yaml")
@@ -65,22 +66,28 @@ def find_config(cli: Path | None, environ: Mapping[str, str]) -> Path | None:
     return next((path for path in (LOCAL_CONFIG, SYSTEM_CONFIG) if path.exists()), None)
 
 
-def load(path: Path) -> Config:
+def load(path: Path, secrets: Secrets = Secrets.ALL) -> Config:
     """Read the file at *path*.
+
+    Args:
+      secrets: Which of the files that it names are read.
 
     Raises:
       ConfigError: It cannot be read, or the first problem in it.
 
     """
-    config, problems = _read(path)
+    config, problems = read(path, secrets)
     if config is None:
         raise problems[0]
     return config
 
 
 def check(path: Path) -> list[ConfigError]:
-    """Every problem of the file at *path*, in the order of its lines; empty if it is good."""
-    return _read(path)[1]
+    """Every problem of the file at *path*, in the order of its lines; empty if it is good.
+
+    A credential that only systemd can give is taken for good.
+    """
+    return read(path, Secrets.REACHABLE)[1]
 
 
 def parse(
@@ -108,22 +115,57 @@ def defaults(base: Path) -> Config:
     return Config(spool=base / "spool", state=base / "state")
 
 
-def _read(path: Path) -> tuple[Config | None, list[ConfigError]]:
+def read(path: Path, secrets: Secrets = Secrets.ALL) -> tuple[Config | None, list[ConfigError]]:
+    """The file at *path* and no problem; or None and every problem, in the order of its lines."""
+    try:
+        text = _text_of(path)
+    except ConfigError as error:
+        return None, [error]
+    base = path.absolute().parent
+    return _parse(text, file=path, base=base, environ=os.environ, secrets=secrets)
+
+
+def state_of(path: Path) -> Path:
+    """The state folder that the file at *path* names, as well as can be told if it is a bad file.
+
+    Raises:
+      ConfigError: It cannot be read at all.
+
+    """
+    text, base = _text_of(path), path.absolute().parent
+    # In a file that is no YAML, a line of its own can still be read.
+    lines = [line for line in text.splitlines() if line.startswith("state:")]
+    for part in (text, *lines):
+        try:
+            root = document.parse(part)
+            if isinstance(root, document.Mapping) and "state" in root.values:
+                ctx = Context(file=path, base=base, environ={}, problems=[])
+                return folder(root.values["state"], "state", ctx)
+        except (ConfigError, Refused):
+            continue
+    return base / "state"
+
+
+def _text_of(path: Path) -> str:
     try:
         with path.open("rb") as file:
             # UTF-8 takes at most four bytes a character: what is cut off here is too large anyway.
             data = file.read(4 * MAX_CHARS + 4)
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except OSError as error:
-        return None, [ConfigError("", f"cannot be read: {error.strerror}", file=path)]
+        raise ConfigError("", f"cannot be read: {error.strerror}", file=path) from None
     except ValueError as error:
         at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
-        return None, [ConfigError("", f"is not UTF-8 text{at}", file=path)]
-    return _parse(text, file=path, base=path.absolute().parent, environ=os.environ)
+        raise ConfigError("", f"is not UTF-8 text{at}", file=path) from None
 
 
 def _parse(
-    text: str, *, file: Path | None, base: Path, environ: Mapping[str, str]
+    text: str,
+    *,
+    file: Path | None,
+    base: Path,
+    environ: Mapping[str, str],
+    secrets: Secrets = Secrets.ALL,
 ) -> tuple[Config | None, list[ConfigError]]:
     """The configuration and no problem, or None and at least one."""
     try:
@@ -131,7 +173,7 @@ def _parse(
     except ConfigError as error:
         found = ConfigError(error.key, error.problem, file=file, line=error.line, col=error.col)
         return None, [found]
-    ctx = Context(file=file, base=base, environ=environ, problems=[])
+    ctx = Context(file=file, base=base, environ=environ, problems=[], secrets=secrets)
     paths = {"spool": base / "spool", "state": base / "state"}
 
     def read_config(node: document.Node, path: str, ctx: Context) -> Config:

@@ -21,6 +21,7 @@ from comfyd.config.document import Node, Scalar, Sequence
 from comfyd.config.section import read_section, reader_of, seconds, section, setting, tries
 from comfyd.config.server import Secret
 from comfyd.config.values import Context, Failed, Refused, attempt
+from comfyd.config.web import WebConfig, web_config
 
 _RESTART_MIN_S: Final = 180.0  # longer than services.unit waits for one restart
 _SERVER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -176,12 +177,7 @@ class Metrics:
     """``metrics``: where HTTP is served."""
 
     listen: Listen = setting(_listen, Listen("127.0.0.1", 9818))
-    web_config: Path | None = setting(values.optional(values.existing_file), None)
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Settings that do not go together, as (key, problem)."""
-        if self.web_config is not None:  # taken silently, it would promise protection
-            yield "web_config", "is not supported yet; for TLS and passwords use a reverse proxy"
+    web_config: WebConfig | None = setting(values.optional(web_config), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +219,7 @@ class Server:
     url: str = setting(server_values.url)
     window: int | None = setting(server_values.window, None)
     headers: Mapping[str, Secret] = setting(server_values.headers, factory=_no_headers)
-    ca_file: Path | None = setting(values.optional(values.existing_file), None)
+    ca_file: Path | None = setting(values.optional(values.authorities), None)
     insecure: bool = setting(values.boolean, False)
     restart_unit: str | None = setting(values.optional(server_values.unit), None)
     restart_interval_s: float = seconds(1800.0)

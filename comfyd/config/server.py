@@ -15,7 +15,16 @@ from urllib.parse import urlsplit
 from comfyd.config import values
 from comfyd.config.document import Mapping as MappingNode
 from comfyd.config.document import Node
-from comfyd.config.values import Context, Failed, Refused, attempt, child, mapping_of, text
+from comfyd.config.values import (
+    Context,
+    Failed,
+    Refused,
+    Secrets,
+    attempt,
+    child,
+    mapping_of,
+    text,
+)
 
 MAX_SECRET_BYTES: Final = 16_384  # header lines over 8 to 16 KiB are refused by most servers
 _UNIT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9:_.\\-]*(?:@[A-Za-z0-9:_.\\-]*)?\.service")
@@ -27,6 +36,10 @@ _OURS: Final = frozenset(
     {"accept-encoding", "connection", "content-length", "expect", "host", "origin", "te", "trailer"}
     | {"transfer-encoding", "upgrade"}
 )
+
+
+# A configuration file is shown to colleagues, and kept in version control.
+_SECRETS: Final = frozenset({"authorization", "cookie", "proxy-authorization", "x-api-key"})
 
 
 class Secret:
@@ -49,6 +62,10 @@ class Secret:
 
     def __hash__(self) -> int:
         return hash(self._value)
+
+
+# Stands for one that was not read: to be sent by nobody.
+UNREAD: Final = Secret("unread")
 
 
 def host_of(url: str) -> str:
@@ -115,6 +132,12 @@ def headers(node: Node, path: str, ctx: Context) -> Mapping[str, Secret]:
         elif name.lower() in {other.lower() for other in found}:
             ctx.report(here, "is given twice; header names ignore case", mapping.keys[name])
         else:
+            if name.lower() in _SECRETS and not isinstance(value_node, MappingNode):
+                problem = (
+                    "is a secret: say {file: PATH} or {credential: NAME}, not the secret itself"
+                )
+                ctx.report(here, problem, value_node)
+                continue
             secret = attempt(_header_value, value_node, here, ctx)
             if not isinstance(secret, Failed):
                 found[name] = secret
@@ -124,12 +147,16 @@ def headers(node: Node, path: str, ctx: Context) -> Mapping[str, Secret]:
 def _header_value(node: Node, path: str, ctx: Context) -> Secret:
     if isinstance(node, MappingNode):
         [(kind, source)] = node.values.items() if len(node.values) == 1 else [("", node)]
+        place: Path | None
         if kind == "file":
-            value = _read_secret(values.folder(source, path, ctx), source)
+            place = values.folder(source, path, ctx)
         elif kind == "credential":
-            value = _read_secret(_credential(source, path, ctx), source)
+            place = _credential(source, path, ctx)
         else:
             raise Refused("must be a text, {file: PATH} or {credential: NAME}", node)
+        if place is None or ctx.secrets is Secrets.NONE:
+            return UNREAD
+        value = _read_secret(place, source)
     else:
         value = text(node, path, ctx)
     if not _HEADER_VALUE.fullmatch(value):
@@ -137,12 +164,15 @@ def _header_value(node: Node, path: str, ctx: Context) -> Secret:
     return Secret(value)
 
 
-def _credential(node: Node, path: str, ctx: Context) -> Path:
+def _credential(node: Node, path: str, ctx: Context) -> Path | None:
+    """Where systemd has put it; None if it has not, and need not have."""
     name = text(node, path, ctx)
     if "/" in name or name in (".", ".."):
         raise Refused("must be a credential's name, not a path", node)
     directory = ctx.environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
+        if ctx.secrets is not Secrets.ALL:
+            return None
         raise Refused(
             "needs systemd: set LoadCredential= in the unit, or use {file: PATH}"
             " (CREDENTIALS_DIRECTORY is not set)",

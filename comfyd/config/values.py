@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import re
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -33,6 +35,17 @@ _QUANTITY: Final = re.compile(r"([0-9]{1,19}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)")
 _INTEGER: Final = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
+class Secrets(enum.Enum):
+    """Which of the files that a configuration names are read: secrets, certificates.
+
+    Only what uses them may need them: others may not even be allowed to read them.
+    """
+
+    ALL = "all"  # what the daemon does
+    REACHABLE = "reachable"  # all but systemd's credentials, where systemd has not put them
+    NONE = "none"
+
+
 @dataclass(slots=True)
 class Context:
     """What readers share: where the file is, and the problems found so far.
@@ -41,6 +54,7 @@ class Context:
       file: Name of the file, for messages; None if there is none.
       base: Absolute folder that relative paths start from.
       environ: Where ``CREDENTIALS_DIRECTORY`` is looked up.
+      secrets: What is read besides the file itself.
 
     """
 
@@ -48,6 +62,7 @@ class Context:
     base: Path
     environ: Mapping[str, str]
     problems: list[ConfigError]
+    secrets: Secrets = Secrets.ALL
 
     def report(self, path: str, problem: str, at: Node) -> None:
         """Note that *path* is wrong; reading goes on, to find all problems in one run."""
@@ -186,8 +201,20 @@ def folder(node: Node, path: str, ctx: Context) -> Path:
 def existing_file(node: Node, path: str, ctx: Context) -> Path:
     """As ``folder``, and a file is there."""
     value = folder(node, path, ctx)
-    if not value.is_file():
+    if ctx.secrets is not Secrets.NONE and not value.is_file():
         raise Refused(f"must name a file that exists, not {value}", node)
+    return value
+
+
+def authorities(node: Node, path: str, ctx: Context) -> Path:
+    """As ``existing_file``, with certificates of authorities to trust in it (PEM)."""
+    value = existing_file(node, path, ctx)
+    if ctx.secrets is not Secrets.NONE:
+        try:
+            ssl.create_default_context(cafile=value)
+        except (OSError, ssl.SSLError) as error:
+            problem = f"holds no usable certificates (PEM): {error.strerror or error}"
+            raise Refused(problem, node) from None
     return value
 
 

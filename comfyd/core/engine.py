@@ -41,6 +41,7 @@ from comfyd.core.facts import (
     Probed,
     QueueLooked,
     QueueSeen,
+    Reconfigured,
     Rejected,
     ResumeAsked,
     SpaceSeen,
@@ -71,8 +72,8 @@ from comfyd.core.model import End, Fence, JobId, PromptId, Row, ServerName, Stat
 from comfyd.core.moves import noted, token_of
 from comfyd.core.news import ServerNews, heed
 from comfyd.core.notes import Note
+from comfyd.core.orders import Dismiss, Enlist, JobOrder, Order, Restart, Summon
 from comfyd.core.orders import Fence as FenceOrder
-from comfyd.core.orders import JobOrder, Order, Restart, Summon
 from comfyd.core.placing import assignments, recalls, submission_order
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server
@@ -160,6 +161,8 @@ class Engine:
             at_s = restarted.get(name) if isinstance(restarted, dict) else None
             if isinstance(at_s, float | int):
                 self._set(name, restarted_s=min(at_s, now_s))
+        if isinstance(drained, list) and set(drained) - self.servers.keys():
+            self._remember(DRAINING, self._draining())  # one that comes back is another
         for fence in fences:
             self.fleet.watch(fence)
         rows = tuple(rows)
@@ -193,6 +196,8 @@ class Engine:
                 self._fenced(fact, now_s, u)
             case PauseAsked() | DrainAsked() | ResumeAsked() | ForgetAsked():
                 self._asked(fact, now_s, u)
+            case Reconfigured():
+                self._reconfigured(fact, now_s, u)
             case (
                 Connected()
                 | Disconnected()
@@ -209,6 +214,7 @@ class Engine:
         """Find places for the queue, then hand over everything since the last call."""
         self._now_s = now_s
         self._place(now_s, u)
+        self._part(now_s, u)
         self._fence(now_s)
         self._restart(now_s)
         pending, self._pending = self._pending, Pending()
@@ -462,6 +468,64 @@ class Engine:
                 waits = job.live.order is None and job.live.look_s < math.inf
                 if waits and job.row.state in {State.COLLECTING, State.PUBLISHING}:
                     self._step(job, Doubted(), now_s, u)
+
+    # --- servers that come and go ----------------------------------------------------------------
+
+    def _reconfigured(self, fact: Reconfigured, now_s: float, u: float) -> None:
+        """Servers that are configured no more finish what they have; if one is down, a person
+        has just said that it is gone."""
+        if fact.policy != self.policy:
+            self.policy = self.fleet.policy = self._wakes.policy = fact.policy
+            for job in list(self.jobs.values()):
+                self._wakes.keep(job)
+                if job.row.state is State.SUBMITTED:  # its next look was planned by other numbers
+                    self._step(job, Doubted(), now_s, u)
+        wanted = {server.name: server for server in fact.servers}
+        for server in list(self.servers.values()):
+            new = wanted.pop(server.name, None)
+            if new is not None and new.origin == server.origin:
+                self._set(
+                    server.name,
+                    window=new.window,
+                    restart_every_s=new.restart_every_s,
+                    leaving=False,
+                    successor=None,
+                )
+                continue
+            self._set(server.name, leaving=True, successor=new)
+            for job in self._work_of(server) if server.up is False else []:
+                self._step(job, GivenUp(), now_s, u)
+        for new in wanted.values():
+            self._enlist(new, now_s, u)
+
+    def _enlist(self, server: Server, now_s: float, u: float) -> None:
+        """A new server, or one that was configured before and may still have prompts of ours."""
+        listen_by_s = now_s + self.policy.listen_grace_s
+        rows = [job.row for job in self.jobs.values()]
+        for job_id in self.fleet.add(replace(server, listen_by_s=listen_by_s), rows):
+            self._step(self.jobs[job_id], Doubted(), now_s, u)
+        self._pending.orders.append(Enlist(server=server.name, origin=server.origin))
+
+    def _part(self, now_s: float, u: float) -> None:
+        """Let servers go that are configured no more and have nothing of ours left."""
+        for server in list(self.servers.values()):
+            if not server.leaving or self._work_of(server):
+                continue
+            self.fleet.remove(server.name)
+            self._pending.orders.append(Dismiss(server=server.name, origin=server.origin))
+            if server.draining:
+                self._remember(DRAINING, self._draining())
+            if server.successor is not None:
+                self._enlist(server.successor, now_s, u)
+
+    def _work_of(self, server: Server) -> list[Job]:
+        """Jobs that still need something of that server: their prompts, or their outputs."""
+        return [
+            job
+            for job in self.jobs.values()
+            if (job.row.server, job.row.origin) == (server.name, server.origin)
+            and (job.row.state.in_flight or job.row.state is State.COLLECTING)
+        ]
 
     # --- fences ----------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comfyd.core.model import Fence, JobId, PromptId, Record, Row, ServerName, Staged, State
+from comfyd.core.policy import Policy
+from comfyd.core.server import Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +247,8 @@ class Connected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disconnected:
-    """The tracker's connection ended. *cause*: closed, ping_timeout, deaf or error."""
+    """The tracker's connection ended. *cause*: closed, ping_timeout, deaf, error, or reload, if we
+    ended it to connect with other headers."""
 
     server: ServerName
     cause: str
@@ -384,6 +387,14 @@ class Forgotten:
     states: tuple[State, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconfigured:
+    """A new configuration holds: these servers, as nothing was known of them yet, and numbers."""
+
+    servers: tuple[Server, ...]
+    policy: Policy
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """A deadline passed."""
@@ -408,6 +419,7 @@ News = (
     | ResumeAsked
     | ForgetAsked
     | Forgotten
+    | Reconfigured
     | Tick
 )
 Fact = Answer | Hint | News

@@ -27,6 +27,7 @@ class Fleet:
       servers: By name, as configured.
       on_server: Jobs with a prompt in flight there, oldest first.
       watches: Fences by prompt id, but for those of servers that are not configured.
+      dormant: Those, to be minded once their server is configured again.
 
     """
 
@@ -35,6 +36,7 @@ class Fleet:
         self.servers = {server.name: server for server in servers}
         self.on_server: dict[ServerName, dict[JobId, None]] = {n: {} for n in self.servers}
         self.watches: dict[PromptId, Watch] = {}
+        self.dormant: dict[PromptId, Fence] = {}
         self._alone: dict[ServerName, frozenset[JobId]] = {}  # sent with nothing else beside them
         self._stuck: dict[ServerName, frozenset[JobId]] = {}  # stalled, and not stopped yet
 
@@ -42,6 +44,7 @@ class Fleet:
         """An independent copy."""
         new = copy.copy(self)
         new.servers, new.watches = dict(self.servers), dict(self.watches)
+        new.dormant = dict(self.dormant)
         new.on_server = {name: dict(jobs) for name, jobs in self.on_server.items()}
         new._alone, new._stuck = dict(self._alone), dict(self._stuck)
         return new
@@ -56,6 +59,35 @@ class Fleet:
     def put(self, server: Server) -> None:
         """Replace what is known of a server."""
         self.servers[server.name] = server
+
+    def add(self, server: Server, rows: Iterable[Row]) -> list[JobId]:
+        """A server is new, or back.
+
+        Args:
+          rows: Of all jobs at hand.
+
+        Returns:
+          Those of them with a prompt in flight there.
+
+        """
+        self.servers[server.name] = server
+        self.on_server[server.name] = {}
+        for row in rows:
+            self.index(None, row)
+        fences, self.dormant = list(self.dormant.values()), {}
+        for fence in fences:
+            self.watch(fence)
+        return list(self.on_server[server.name])
+
+    def remove(self, name: ServerName) -> None:
+        """A server is gone, with nothing of ours left there but what was given up."""
+        del self.servers[name], self.on_server[name]
+        self._alone.pop(name, None)
+        self._stuck.pop(name, None)
+        for prompt_id, watch in list(self.watches.items()):
+            if watch.fence.server == name:
+                del self.watches[prompt_id]
+                self.dormant[prompt_id] = watch.fence
 
     def index(self, old: Row | None, row: Row) -> None:
         """Keep the look-ups in step with a row that changed."""
@@ -75,10 +107,12 @@ class Fleet:
                     known[server.name] = jobs | {each.job} if there else jobs - {each.job}
 
     def watch(self, fence: Fence) -> None:
-        """Mind *fence* from now on, if its server is configured."""
+        """Mind *fence* from now on, or once its server is configured."""
         server = self.servers.get(fence.server)
         if server is not None and server.origin == fence.origin:
             self.watches[fence.prompt_id] = Watch(fence=fence)
+        else:
+            self.dormant[fence.prompt_id] = fence
 
     def fences(self, name: ServerName) -> int:
         """How many attempts that were given up there are not proven to be over."""
@@ -102,7 +136,7 @@ class Fleet:
             fit = (
                 server.up is not False
                 and not server.refusal
-                and not server.draining
+                and not server.retiring
                 and not self.trouble(server.name, now_s)
             )
             if fit != (server.unfit_since_s is None):
@@ -176,7 +210,7 @@ class Fleet:
 
     def to_restart(self, now_s: float) -> list[tuple[Server, str]]:
         """Servers that answer, are wedged and may be restarted now, and why."""
-        due = [s for s in self.servers.values() if s.up and now_s >= s.restart_s]
+        due = [s for s in self.servers.values() if s.up and now_s >= s.restart_s and not s.leaving]
         return [(server, why) for server in due if (why := self.wedged(server.name, now_s))]
 
     def restart_s(self, now_s: float) -> float:
@@ -194,7 +228,7 @@ class Fleet:
         others = [
             other
             for other in self.servers.values()
-            if other.name != server.name and not other.refusal and not other.draining
+            if other.name != server.name and not other.refusal and not other.retiring
         ]
         return not others or any(len(other.strikes) < most for other in others)
 
@@ -209,7 +243,7 @@ class Fleet:
 
     def is_hopeful(self, server: Server, now_s: float) -> bool:
         """Whether it is worth waiting for: it is well, or has not been unwell for long."""
-        if server.refusal or server.draining:
+        if server.refusal or server.retiring:
             return False
         return not has_lasted(server.unfit_since_s, self.policy.abandon_after_s, now_s=now_s)
 

@@ -38,7 +38,8 @@ def heed(
                 until_s = now_s + policy.listen_grace_s
                 server = replace(server, client_id=None, listen_by_s=until_s)
             deaf = fact.cause == "deaf"
-            fleet.put(server if deaf else server.renewed())  # so a restart looks
+            lives = deaf or fact.cause == "reload"
+            fleet.put(server if lives else server.renewed())  # so a restart looks
             alone = sum(not job.live.ended for job in here) == 1
             cause = "deaf" if deaf else "disconnected"
             return [

@@ -80,6 +80,22 @@ class Fence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Enlist:
+    """Talk to this server from now on. No answer but its news."""
+
+    server: ServerName
+    origin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dismiss:
+    """Nothing of ours is left on this server: talk to it no more. No answer."""
+
+    server: ServerName
+    origin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summon:
     """Read the rows of the jobs that *purposes* are about. Answer: Summoned."""
 
@@ -111,4 +127,6 @@ class Restart:
 JobOrder = Submit | Probe | Stop | Fetch | Collect | Publish | Retire
 Read = Refill | Summon | Expire
 """What the dispatcher reads from the journal at once, so that nothing is older than in memory."""
-Order = JobOrder | Fence | Restart | Read
+Task = JobOrder | Fence | Restart | Enlist | Dismiss
+"""What is carried out beside the dispatcher."""
+Order = Task | Read

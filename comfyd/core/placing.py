@@ -61,7 +61,8 @@ def recalls(
         ]
 
     for server in fleet.servers.values():
-        if server.up and fleet.on_server[server.name] and fleet.trouble(server.name, now_s):
+        in_need = server.leaving or bool(fleet.trouble(server.name, now_s))
+        if server.up and fleet.on_server[server.name] and in_need:
             others = [other for other in fleet.servers.values() if other.name != server.name]
             for job in waiting_on(server.name):
                 if any(_could_run(fleet, other, job.row, now_s) for other in others):

@@ -26,6 +26,8 @@ class Server:
       listen_by_s: Until then a missing connection is given time to come (back) before prompts are
         sent that nobody would hear of.
       draining: A person asked to send nothing more.
+      leaving: It is configured no more, and stays until nothing of ours is left there.
+      successor: What is configured by its name now, and takes its place then; only if it leaves.
       strikes: Jobs in a row that failed here in ways that may be the server's fault, and whether
         they spoke of its card.
       idle_since_s: Since when prompts wait there and none runs; None while that is not so.
@@ -49,6 +51,8 @@ class Server:
     run_average_s: float | None = None
     listen_by_s: float = 0.0
     draining: bool = False
+    leaving: bool = False
+    successor: Server | None = None
     strikes: tuple[tuple[JobId, bool], ...] = ()
     idle_since_s: float | None = None
     wedged: bool = False
@@ -66,6 +70,11 @@ class Server:
         """When something may be sent to it, as far as refusals and its connection go."""
         connected = self.client_id is not None
         return self.closed_until_s if connected else max(self.closed_until_s, self.listen_by_s)
+
+    @property
+    def retiring(self) -> bool:
+        """It finishes what it has, and is given nothing more."""
+        return self.draining or self.leaving
 
     @property
     def hearing(self) -> bool:

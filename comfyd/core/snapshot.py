@@ -11,7 +11,7 @@ from comfyd.core.present import bare_url, rfc3339
 from comfyd.core.progress import Progress
 from comfyd.core.server import Server
 from comfyd.core.wire.stats import Device
-from comfyd.core.wishes import draining_words, prompts
+from comfyd.core.wishes import draining_words, leaving_words, prompts
 
 JOBS_MAX: Final = 200
 """Jobs in one snapshot at most: more than 12 full windows, and a page is still readable."""
@@ -28,7 +28,7 @@ class ServerState(enum.Enum):
 
     DOWN = "down"  # the last health probe failed, or the server must not be used
     WEDGED = "wedged"  # it answers, but prompts do not move: nothing more is sent
-    DRAINING = "draining"  # a person asked to let it finish
+    DRAINING = "draining"  # a person asked to let it finish, or it is configured no more
     DEAF = "deaf"  # it works, but sends no events: it is polled
     UP = "up"
 
@@ -49,6 +49,8 @@ def state_of(
         return ServerState.DOWN, down
     if trouble:
         return ServerState.WEDGED, trouble
+    if server.leaving:
+        return ServerState.DRAINING, leaving_words(server, in_flight)
     if server.draining:
         return ServerState.DRAINING, draining_words(in_flight)
     waits = f"gets nothing until {prompts(fences)} given up there ended for sure" if fences else ""

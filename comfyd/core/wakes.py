@@ -14,10 +14,15 @@ from comfyd.core.policy import Policy
 
 class Wakes:
     """A heap with at least one entry for each job that wants to be woken, and that not too late:
-    a plan that is put off leaves its entry there, until it is found to come too early."""
+    a plan that is put off leaves its entry there, until it is found to come too early.
+
+    Attributes:
+      policy: After a change of it, each job is to be kept anew.
+
+    """
 
     def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+        self.policy = policy
         self._due: list[tuple[float, JobId]] = []
         self._earliest: dict[JobId, float] = {}  # entry of each job there; others are outdated
 
@@ -29,7 +34,7 @@ class Wakes:
 
     def keep(self, job: Job) -> None:
         """See to it that the job is told when its time has come."""
-        wanted_s = wake_s(job, self._policy)
+        wanted_s = wake_s(job, self.policy)
         if wanted_s < self._earliest.get(job.row.job, math.inf):
             self._earliest[job.row.job] = wanted_s
             heapq.heappush(self._due, (wanted_s, job.row.job))
@@ -40,7 +45,7 @@ class Wakes:
             due_s, job_id = self._due[0]
             job = jobs.get(job_id)
             current = self._earliest.get(job_id) == due_s
-            if job is not None and current and wake_s(job, self._policy) == due_s:
+            if job is not None and current and wake_s(job, self.policy) == due_s:
                 return due_s
             heapq.heappop(self._due)
             if current:
@@ -61,4 +66,4 @@ class Wakes:
 
     def is_due(self, job: Job, now_s: float) -> bool:
         """Whether it is not woken too early."""
-        return wake_s(job, self._policy) <= now_s
+        return wake_s(job, self.policy) <= now_s

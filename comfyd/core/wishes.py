@@ -221,15 +221,20 @@ def drained(before: Server, after: Server, in_flight: int) -> tuple[bool, str]:
     return True, f"{after.name}{was}; {_finishing(in_flight)}."
 
 
-def server_resumed(before: Server, was: str, after: Server, trouble: str) -> tuple[bool, str]:
+def server_resumed(
+    before: Server, was: str, after: Server, trouble: str, in_flight: int = 0
+) -> tuple[bool, str]:
     """Whether it may be used again, and a sentence.
 
     Args:
       was, trouble: Why it got nothing by itself, before and now; "" if it did.
+      in_flight: Prompts of ours that may be there.
 
     """
     if after.draining:
         return UNWRITTEN
+    if after.leaving:
+        return False, f"{after.name} {leaving_words(after, in_flight)}."
     if trouble:
         return False, f"{after.name} is still not used: {trouble}"
     if not before.draining and not was:
@@ -259,6 +264,18 @@ def forgotten(name: ServerName, before: int, after: int) -> tuple[bool, str]:
 def draining_words(in_flight: int) -> str:
     """What a drained server does, as a sentence."""
     return f"gets nothing more; {_finishing(in_flight)}"
+
+
+def departed(name: ServerName) -> tuple[bool, str]:
+    """A reload has taken the server away in the meantime."""
+    return False, f"{name} is configured no more."
+
+
+def leaving_words(server: Server, in_flight: int) -> str:
+    """What a server does that is configured no more, or at another URL, as a sentence."""
+    moved = server.successor is not None
+    gone = "has another URL in the configuration" if moved else "is configured no more"
+    return f"{gone}; {_finishing(in_flight)}"
 
 
 def _finishing(in_flight: int) -> str:

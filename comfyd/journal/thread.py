@@ -155,6 +155,10 @@ class Journal:
     async def last_seq(self) -> int:
         return await self._call(self._store.last_seq)
 
+    async def turn(self) -> None:
+        """Until its thread has come round to us: whatever it was doing is done."""
+        await self._call(lambda: None)
+
     def opened_cleanly(self) -> bool:
         """See ``Reads.opened_cleanly``; known since the opening, so nothing is awaited."""
         return self._store.opened_cleanly()

@@ -16,7 +16,7 @@ from comfyd.core.facts import Claimed, Fact, Summoned, Tick
 from comfyd.core.keys import Absorbed, judge
 from comfyd.core.model import Row
 from comfyd.core.notes import Note
-from comfyd.core.orders import Expire, Fence, JobOrder, Read, Refill, Restart, Summon
+from comfyd.core.orders import Expire, Read, Refill, Summon, Task
 from comfyd.errors import DiskFull, JournalError
 from comfyd.journal.store import Alias, Batch, Event, Insert, Lift, Raise, Remember, Update
 from comfyd.journal.thread import Journal
@@ -52,7 +52,7 @@ class Dispatcher:
         journal: Journal,
         clock: Clock,
         *,
-        perform: Callable[[JobOrder | Fence | Restart], None],
+        perform: Callable[[Task], None],
         observe: Callable[[Iterable[Note]], None],
         on_deadline: Callable[[float], None],
         on_absorbed: Callable[[Absorbed], None],
@@ -75,6 +75,7 @@ class Dispatcher:
         self.waits_for_space = False
         self._settled = trio.Event()
         self._settled_to = 0
+        self._turned = trio.Event()
 
     async def run(self) -> NoReturn:
         """Drive the engine for ever.
@@ -128,6 +129,12 @@ class Dispatcher:
             if number is None:
                 return
 
+    async def turned(self) -> None:
+        """Until it has come round once more: dealt with facts, or found the disk still full."""
+        if self._turned.is_set():
+            self._turned = trio.Event()
+        await self._turned.wait()
+
     async def _settle(self) -> None:
         """Commit what came of the facts, then release it."""
         while True:
@@ -153,6 +160,7 @@ class Dispatcher:
             self._handle([await self._read(order) for order in reads])
         self._settled_to = self._inbox.taken
         self._settled.set()
+        self._turned.set()
         self._on_deadline(self._engine.next_deadline_s())
 
     async def _read(self, order: Read) -> Fact:
@@ -205,6 +213,7 @@ class Dispatcher:
                     _log.warning("journal_waits_for_space", problem=str(error))
                 self.waits_for_space = True
                 self._on_refused()
+                self._turned.set()
                 await trio.sleep(FULL_DISK_RETRY_S)
                 continue
             break

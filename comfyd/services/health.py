@@ -28,6 +28,7 @@ class HealthProbe:
     Attributes:
       stats: Its last answer; None before the first.
       reason: Why it is not usable, as a sentence; "" if it is.
+      interval_s: May be replaced; it holds from the next question on.
 
     """
 
@@ -44,7 +45,7 @@ class HealthProbe:
     ) -> None:
         self._name = name
         self._client = client
-        self._interval_s = interval_s
+        self.interval_s = interval_s
         self._tell = tell
         self._on_stats = on_stats
         self._on_health = on_health
@@ -62,14 +63,14 @@ class HealthProbe:
         while True:
             self._poked = trio.Event()
             await self._ask()
-            with trio.move_on_after(self._interval_s):
+            with trio.move_on_after(self.interval_s):
                 await self._poked.wait()
 
     async def _ask(self) -> None:
         try:
             stats = await self._client.system_stats()
             remaining = await self._client.remaining()
-            if remaining and self._silent_s() >= self._interval_s:
+            if remaining and self._silent_s() >= self.interval_s:
                 queue = await self._client.queue()
                 running, pending = len(queue.running), len(queue.pending)
                 self._tell(QueueLooked(server=self._name, running=running, pending=pending))

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import structlog
 import trio
@@ -38,12 +38,39 @@ def client_of(server: ServerConfig, config: Config) -> Client:
         server.url,
         headers=_headers(server),
         ca_file=server.ca_file,
-        connect_timeout_s=config.client.connect_timeout_s,
-        submit_timeout_s=config.client.submit_timeout_s,
-        history_timeout_s=config.history.timeout_s,
-        health_timeout_s=config.health.timeout_s,
-        upload_timeout_s=config.client.upload_timeout_s,
-        download_idle_timeout_s=config.client.download_idle_timeout_s,
+        **_timeouts(config),
+    )
+
+
+class _Timeouts(TypedDict):
+    connect_timeout_s: float
+    submit_timeout_s: float
+    history_timeout_s: float
+    health_timeout_s: float
+    upload_timeout_s: float
+    download_idle_timeout_s: float
+
+
+def _timeouts(config: Config) -> _Timeouts:
+    return {
+        "connect_timeout_s": config.client.connect_timeout_s,
+        "submit_timeout_s": config.client.submit_timeout_s,
+        "history_timeout_s": config.history.timeout_s,
+        "health_timeout_s": config.health.timeout_s,
+        "upload_timeout_s": config.client.upload_timeout_s,
+        "download_idle_timeout_s": config.client.download_idle_timeout_s,
+    }
+
+
+def _timings(config: Config) -> Timings:
+    tracker = config.tracker
+    return Timings(
+        connect_timeout_s=tracker.connect_timeout_s,
+        ping_interval_s=tracker.ping_interval_s,
+        ping_timeout_s=tracker.ping_timeout_s,
+        deaf_after_s=tracker.deaf_after_s,
+        reconnect_first_s=tracker.reconnect_first_s,
+        reconnect_max_s=tracker.reconnect_max_s,
     )
 
 
@@ -51,14 +78,45 @@ def _headers(server: ServerConfig) -> dict[str, str]:
     return {name: secret.reveal() for name, secret in server.headers.items()}
 
 
+class Users:
+    """Who is using something now; it is closed when nobody is."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = trio.Event()
+
+    def join(self) -> None:
+        if not self._count:
+            self._none = trio.Event()
+        self._count += 1
+
+    def leave(self) -> None:
+        self._count -= 1
+        if not self._count:
+            self._none.set()
+
+    async def gone(self) -> None:
+        """Until nobody is there."""
+        if self._count:
+            await self._none.wait()
+
+
 class Link:
-    """Everything that talks to one server: client, tracker, prober, health probe."""
+    """Everything that talks to one server: client, tracker, prober, health probe.
+
+    Attributes:
+      server: Its settings, as it was made with: to be reached in another way takes another link.
+      users: Whoever uses its client: orders, and its own tasks.
+
+    """
 
     def __init__(
         self, server: ServerConfig, config: Config, inbox: Inbox, metrics: Metrics, clock: Clock
     ) -> None:
         self.name = ServerName(server.name)
         self.origin = server.url
+        self.server = server
+        self.users = Users()
         self.submits = trio.CapacityLimiter(SUBMITS)
         self.client = client_of(server, config)
         self.health = HealthProbe(
@@ -74,20 +132,12 @@ class Link:
         self.prober = Prober(self.name, self.client, inbox.put)
         self._inbox, self._metrics, self._clock = inbox, metrics, clock
         self._heard_at = -math.inf
-        self._up = False
-        tracker = config.tracker
+        self._up = self._connected = False
         self.tracker = Tracker(
             server.url,
             headers=_headers(server),
             ca_file=server.ca_file,
-            timings=Timings(
-                connect_timeout_s=tracker.connect_timeout_s,
-                ping_interval_s=tracker.ping_interval_s,
-                ping_timeout_s=tracker.ping_timeout_s,
-                deaf_after_s=tracker.deaf_after_s,
-                reconnect_first_s=tracker.reconnect_first_s,
-                reconnect_max_s=tracker.reconnect_max_s,
-            ),
+            timings=_timings(config),
             ask_remaining=self.client.remaining,
             listener=self,
             now_s=clock.now_s,
@@ -108,15 +158,34 @@ class Link:
             self.tracker.answers()
         self._up = ok
 
+    def configure(self, config: Config) -> None:
+        """Take up new timeouts and intervals; no connection ends for it."""
+        self.client.limit(**_timeouts(config))
+        self.tracker.timings = _timings(config)
+        self.health.interval_s = config.health.interval_s
+
+    def succeeded(self, by: Link | None) -> None:
+        """Its tasks have been stopped, for *by* to go on, or for good."""
+        if self._connected:
+            self._metrics.disconnect(self.name, "closed")
+        if by is None:
+            return
+        if self._connected:
+            self._inbox.put(Disconnected(server=self.name, cause="reload"))
+        for question in self.prober.unanswered():
+            by.prober.ask(question)
+
     # --- what the tracker tells ------------------------------------------------------------------
 
     def on_connected(self, client_id: str) -> None:
         _log.info("websocket_connected", server=self.name)
+        self._connected = True
         self._inbox.put(Connected(server=self.name, client_id=client_id))
         self.health.poke()
 
     def on_disconnected(self, cause: Cause) -> None:
         _log.warning("websocket_disconnected", server=self.name, cause=cause)
+        self._connected = False
         self._metrics.disconnect(self.name, cause)
         self._inbox.put(Disconnected(server=self.name, cause=cause))
         self.health.poke()

@@ -57,7 +57,7 @@ class Overview:
     """Makes snapshots.
 
     Args:
-      watched: The shells of every configured server.
+      watched: What the shells know of a server, by its name and URL.
       waiting: What everything waits for, as a sentence; "" if nothing.
       min_free_bytes: What is to stay free on the spool's file system.
 
@@ -71,7 +71,7 @@ class Overview:
         clock: Clock,
         *,
         version: str,
-        watched: Mapping[ServerName, Watched],
+        watched: Callable[[ServerName, str], Watched],
         waiting: Callable[[], str],
         min_free_bytes: Callable[[], int],
     ) -> None:
@@ -90,7 +90,7 @@ class Overview:
 
     async def recall(self) -> None:
         """Take the pace up from the jobs that an earlier daemon finished."""
-        many = RUNS * max(1, len(self._watched))
+        many = RUNS * max(1, len(self._engine.servers))
         for row in reversed(await self._journal.rows(State.DONE, limit=many)):
             if row.server is not None and row.started_at is not None:
                 self._pace.ran(row.server, durations_s(row)["run"])
@@ -168,10 +168,11 @@ class Overview:
             f"{counts[State.SUBMITTED]} on servers, {counts[State.QUEUED]} waiting,"
             f" {up}/{len(servers)} servers up"
         )
-        return ". ".join(filter(None, [line, self._waiting()]))
+        paused = "Intake is paused." if self._engine.paused else ""
+        return " ".join(filter(None, [f"{line}.", paused, self._waiting()]))
 
     def _server(self, server: EngineServer, at: float) -> ServerView:
-        watched = self._watched[server.name]
+        watched = self._watched(server.name, server.origin)
         stats = watched.stats()
         state, reason = self._state(server)
         return ServerView(
@@ -196,7 +197,7 @@ class Overview:
         return state_of(
             server,
             trouble=self._engine.trouble(server.name),
-            down=self._watched[server.name].reason(),
+            down=self._watched(server.name, server.origin).reason(),
             in_flight=len(self._engine.on_server[server.name]),
             fences=self._engine.fleet.fences(server.name),
         )
@@ -243,8 +244,7 @@ class Overview:
     def _progress(self, row: Row) -> Progress | None:
         if row.server is None or row.prompt_id is None or not row.state.in_flight:
             return None
-        watched = self._watched.get(row.server)
-        return None if watched is None else watched.progress(row.prompt_id)
+        return self._watched(row.server, row.origin or "").progress(row.prompt_id)
 
 
 def _queued(row: Row, position: int, ready_s: float | None) -> QueuedView:

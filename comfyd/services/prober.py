@@ -55,6 +55,7 @@ class Prober:
         self._client = client
         self._answer = answer
         self._asked: list[Question] = []
+        self._under_way: list[Question] = []
         self._mail = trio.Event()
 
     def ask(self, order: Question) -> None:
@@ -62,13 +63,20 @@ class Prober:
         self._asked.append(order)
         self._mail.set()
 
+    def unanswered(self) -> list[Question]:
+        """What still waits for its answer; to be asked again if `run` was cancelled."""
+        return [*self._under_way, *self._asked]
+
     async def run(self) -> NoReturn:
-        """Go round for ever. Servers' failures become answers (unknown), nothing else."""
+        """Go round for ever. Servers' failures become answers (unknown), nothing else.
+
+        Cancellation: anywhere; see `unanswered`.
+        """
         while True:
             await self._mail.wait()
             self._mail = trio.Event()
-            orders, self._asked = self._asked, []
-            await self._round(orders)
+            self._under_way, self._asked = self._asked, []
+            await self._round(self._under_way[:])
 
     async def _round(self, orders: list[Question]) -> None:
         stops = [order for order in orders if not isinstance(order, Probe)]
@@ -120,6 +128,7 @@ class Prober:
         return Seen(Presence.FINISHED, record)
 
     def _tell(self, order: Question, seen: Seen) -> None:
+        self._under_way.remove(order)
         told = seen._asdict()
         if isinstance(order, Fence):
             self._answer(Fenced(prompt_id=order.fence.prompt_id, **told))

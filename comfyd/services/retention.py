@@ -79,8 +79,8 @@ class Retention:
     """See the module.
 
     Args:
-      bounds: Of the results in each place.
-      events: Of stories; None: they, and rows, are kept for ever.
+      bounds: Of the results in each place, as they are now.
+      events: Of stories, as they are now; None: they, and rows, are kept for ever.
       forgotten_until: What the journal remembers as FORGOTTEN.
       tell: Takes the news for the engine.
       on_removed: Is told of results that went from a place, and how many.
@@ -93,8 +93,8 @@ class Retention:
         spool: Spool,
         clock: Clock,
         *,
-        bounds: Mapping[Place, Bounds],
-        events: Bounds | None,
+        bounds: Callable[[], Mapping[Place, Bounds]],
+        events: Callable[[], Bounds | None],
         forgotten_until: float,
         tell: Callable[[Forgotten], None],
         on_removed: Callable[[str, int], None],
@@ -142,10 +142,11 @@ class Retention:
         """Remove what is out of bounds now; of rows, look at *rows* at most (None: at all)."""
         async with self._turn:
             report = Report(limit=limit)
-            for place, bounds in self._bounds.items():
+            for place, bounds in self._bounds().items():
                 await self._results(place, bounds, report, dry=dry)
-            if self._events is not None:
-                await self._stories(self._events, report, dry=dry)
+            events = self._events()
+            if events is not None:
+                await self._stories(events, report, dry=dry)
                 if not dry:
                     await self._rows(report, rows)
             return report

@@ -99,6 +99,7 @@ class Space:
 
     Attributes:
       waiting: What everything waits for, as a sentence; "" if there is enough.
+      disks: May be replaced; the next look is at those.
 
     Args:
       tell: Takes the news: at the start, and whenever it changes.
@@ -106,7 +107,7 @@ class Space:
     """
 
     def __init__(self, disks: list[Disk], tell: Callable[[SpaceSeen], None]) -> None:
-        self._disks = disks
+        self.disks = disks
         self._tell = tell
         self._told: bool | None = None
         self._refused = trio.Event()
@@ -115,7 +116,7 @@ class Space:
     @property
     def min_free_bytes(self) -> int:
         """What is to stay free on the spool's file system."""
-        return self._disks[0].keep_bytes
+        return self.disks[0].keep_bytes
 
     def refused(self) -> None:
         """A write was refused: see soon whether that is so for others too."""
@@ -138,7 +139,7 @@ class Space:
             self._tell(SpaceSeen(enough=enough))
 
     def _problem(self, eager: bool, refused: bool) -> str:
-        problems = (disk.problem(eager=eager, refused=refused) for disk in self._disks)
+        problems = (disk.problem(eager=eager, refused=refused) for disk in self.disks)
         return next(filter(None, problems), "")
 
     async def run(self) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 
 import structlog
 import trio
 
-from comfyd.config import Config
 from comfyd.core import orders
 from comfyd.core.facts import (
     Answer,
@@ -24,13 +22,15 @@ from comfyd.core.facts import (
     Uncollected,
 )
 from comfyd.core.keys import Absorbed
-from comfyd.core.model import JobId, Row, ServerName
+from comfyd.core.model import JobId, Row
 from comfyd.errors import DiskFull, ServerError
 from comfyd.metrics import Metrics, reason_of
 from comfyd.services import fetcher, submitter
 from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Link
+from comfyd.services.links import Links
+from comfyd.services.settings import Settings
 from comfyd.services.space import Space
 from comfyd.services.unit import restart_unit
 from comfyd.spool.delivery import retire
@@ -63,9 +63,9 @@ class Workshop:
     def __init__(
         self,
         nursery: trio.Nursery,
-        links: Mapping[ServerName, Link],
+        links: Links,
         spool: Spool,
-        config: Config,
+        settings: Settings,
         inbox: Inbox,
         metrics: Metrics,
         clock: Clock,
@@ -74,37 +74,56 @@ class Workshop:
         self._nursery = nursery
         self._links = links
         self._spool = spool
+        self._settings = settings
         self._inbox, self._metrics, self._clock = inbox, metrics, clock
-        self._unique_prefix = config.outputs.unique_prefix
-        self._limits = fetcher.Limits(
-            history_attempts=config.history.attempts,
-            history_backoff_s=config.history.backoff_s,
-            max_bytes=config.outputs.max_bytes,
-            min_free_bytes=config.outputs.min_free_bytes,
-            include_temp=config.outputs.include_temp,
-        )
-        self._units = {ServerName(s.name): s.restart_unit or "" for s in config.servers}
         self._space = space
         self._short: dict[JobId, int] = {}
+        self._at_work = 0
+        self._idle = trio.Event()
         self._fetches = trio.CapacityLimiter(FETCHES)
         self._collects = trio.CapacityLimiter(COLLECTS)
 
-    def perform(self, order: orders.JobOrder | orders.Fence | orders.Restart) -> None:
+    def perform(self, order: orders.Task) -> None:
         """Start on *order*; its answer goes to the inbox."""
-        if isinstance(order, orders.Restart):
-            unit = self._units[order.server]
-            self._nursery.start_soon(self._restart, order, unit)
-            return
-        if isinstance(order, orders.Fence):  # only given for servers that are configured
-            self._links[order.fence.server].prober.ask(order)
-            return
-        link = self._link(order.row)
+        match order:
+            case orders.Enlist():
+                self._links.start(order.server, order.origin)
+                return
+            case orders.Dismiss():
+                self._links.retire(order.server, order.origin)
+                return
+            case orders.Restart():
+                self._nursery.start_soon(self._restart, order)
+                return
+            case orders.Fence():  # only given for servers that are configured
+                link = self._links.of(order.fence.server, order.fence.origin)
+                assert link is not None, f"no link for {order}"
+                link.prober.ask(order)
+                return
+            case _:
+                pass
+        # A name whose URL changed is another server.
+        row = order.row
+        link = self._links.of(row.server, row.origin) if row.server and row.origin else None
         if isinstance(order, orders.Probe | orders.Stop) and link is not None:
             link.prober.ask(order)
-        else:
-            self._nursery.start_soon(self._carry_out, order, link)
+            return
+        if link is not None:
+            link.users.join()
+        self._at_work += 1
+        self._nursery.start_soon(self._carry_out, order, link)
 
-    async def _restart(self, order: orders.Restart, unit: str) -> None:
+    async def idle(self) -> None:
+        """Until nothing is being submitted, fetched, collected or published."""
+        while self._at_work:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    async def _restart(self, order: orders.Restart) -> None:
+        units = {server.name: server.restart_unit for server in self._settings.now.servers}
+        unit = units.get(order.server)
+        if unit is None:
+            return  # a reload has taken it away in the meantime
         result = await restart_unit(order.server, unit, order.why)
         self._metrics.server_restart(order.server, result)
 
@@ -126,16 +145,17 @@ class Workshop:
         if left:
             _log.warning("left_in_claimed", problem=left)
 
-    def _link(self, row: Row) -> Link | None:
-        """The server that *row* is about: a name whose URL changed is another server."""
-        link = self._links.get(row.server) if row.server else None
-        return link if link is not None and link.origin == row.origin else None
-
     async def _carry_out(self, order: orders.JobOrder, link: Link | None) -> None:
         try:
             answer = await self._answer(order, link)
         except Exception as error:
             raise OrderFailed(order.row.job) from error
+        finally:
+            self._at_work -= 1
+            if not self._at_work:
+                self._idle.set()
+            if link is not None:
+                link.users.leave()
         match answer:
             case CollectFailed(cause=Uncollected.DISK) | PublishDelayed():
                 self._space.refused()
@@ -151,7 +171,7 @@ class Workshop:
                         order,
                         link.client if link else None,
                         self._spool,
-                        self._limits,
+                        self._limits(),
                         now_s=self._clock.now_s,
                         on_retry=partial(self._retried, "download"),
                         short=self._short,
@@ -170,7 +190,7 @@ class Workshop:
                         order,
                         link.client,
                         self._spool,
-                        unique_prefix=self._unique_prefix,
+                        unique_prefix=self._settings.now.outputs.unique_prefix,
                         on_posted=link.tracker.posted,
                         on_graph=link.progress.sent,
                     )
@@ -179,12 +199,22 @@ class Workshop:
                     return await fetcher.fetch(
                         order,
                         link.client,
-                        self._limits,
+                        self._limits(),
                         on_fetch=self._metrics.history_fetch,
                         on_retry=partial(self._retried, "history"),
                     )
             case _:
                 raise AssertionError(f"nobody carries out {order}")
+
+    def _limits(self) -> fetcher.Limits:
+        config = self._settings.now
+        return fetcher.Limits(
+            history_attempts=config.history.attempts,
+            history_backoff_s=config.history.backoff_s,
+            max_bytes=config.outputs.max_bytes,
+            min_free_bytes=config.outputs.min_free_bytes,
+            include_temp=config.outputs.include_temp,
+        )
 
     def _retried(self, operation: str, error: ServerError) -> None:
         self._metrics.retry(operation, reason_of(error))

@@ -134,11 +134,13 @@ class Intake:
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.spool = spool
-        self.settle_s = settle_s
-        self._max_file_bytes = max_file_bytes
-        self._max_attempts = max_attempts
-        self._queue_timeout_s = queue_timeout_s
-        self._workflows = workflows
+        self.limit(
+            settle_s=settle_s,
+            max_file_bytes=max_file_bytes,
+            max_attempts=max_attempts,
+            queue_timeout_s=queue_timeout_s,
+            workflows=workflows,
+        )
         self._next_seq = next_seq
         self._draw = draw
         self._now_s = now_s
@@ -147,6 +149,22 @@ class Intake:
         self._since_s: dict[Entry, float] = {}  # first seen so; WINDOW at most
         # Told of, with their ctime: tried again when they change, forgotten when they are gone.
         self._unmovable: dict[tuple[str, int], int] = {}
+
+    def limit(
+        self,
+        *,
+        settle_s: float,
+        max_file_bytes: int,
+        max_attempts: int,
+        queue_timeout_s: float | None,
+        workflows: Path | None,
+    ) -> None:
+        """Set what holds for entries that are claimed from now on; from any thread."""
+        self.settle_s = settle_s
+        self._max_file_bytes = max_file_bytes
+        self._max_attempts = max_attempts
+        self._queue_timeout_s = queue_timeout_s
+        self._workflows = workflows
 
     # --- looking ---------------------------------------------------------------------------------
 

@@ -159,7 +159,7 @@ def _nobody() -> None:
 async def watch(
     intake: Intake,
     *,
-    rescan_s: float,
+    rescan_s: Callable[[], float],
     send: Callable[[list[Claimed]], Awaitable[None]],
     paused: Callable[[], bool],
     on_pickup: Callable[[float], None],
@@ -183,8 +183,10 @@ async def watch(
 
     """
     eyes = _Eyes()
-    poll_s = max(intake.settle_s, MIN_POLL_S)
     full = False
+
+    def poll_s() -> float:
+        return max(intake.settle_s, MIN_POLL_S)
 
     async def take(entries: list[Entry]) -> None:
         nonlocal full
@@ -218,7 +220,7 @@ async def watch(
         elif trio.current_time() >= eyes.look_at_s:
             look = await trio.to_thread.run_sync(intake.scan)
             eyes.ready = look.ready
-            period_s = rescan_s if bell.rings else min(poll_s, rescan_s)
+            period_s = rescan_s() if bell.rings else min(poll_s(), rescan_s())
             again_s = period_s if look.again_s is None else min(look.again_s, period_s)
             eyes.look_at_s = trio.current_time() + again_s
         elif not eyes.names:
@@ -236,7 +238,7 @@ async def watch(
                     eyes.forget()
                 elif paused():
                     eyes.forget()
-                    await trio.sleep(poll_s)
+                    await trio.sleep(poll_s())
                 else:
                     await step(bell)
             except DiskFull as error:
@@ -245,4 +247,4 @@ async def watch(
                 full = True
                 on_refused()
                 eyes.forget()
-                await trio.sleep(rescan_s)
+                await trio.sleep(rescan_s())

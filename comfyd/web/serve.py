@@ -12,6 +12,8 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import ssl
+from functools import partial
 from typing import Any, Final, cast
 
 import hypercorn.trio
@@ -84,6 +86,7 @@ async def serve(
     port: int,
     *,
     stop: trio.Event,
+    tls: Tls | None = None,
     task_status: trio.TaskStatus[tuple[str, int]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve *app* until *stop*; to be started with ``nursery.start``.
@@ -91,6 +94,7 @@ async def serve(
     Args:
       host, port: Where to listen; port 0 takes any free one.
       stop: Answers under way get STOP_S to end, then this returns.
+      tls: Whether TLS is spoken, and how; None for never.
 
     Returns:
       By way of *task_status*: the address and port that were bound.
@@ -104,24 +108,56 @@ async def serve(
     with await bind(host, port) as sock:
         address = sock.getsockname()
         task_status.started((address[0], address[1]))
+        tls = Tls() if tls is None else tls
         while not stop.is_set():
+            changed = tls.changed
             try:
                 # A framework to it, an application to Starlette: the same thing in other words.
                 await hypercorn.trio.serve(
-                    cast("ASGIFramework", app), _Config(sock), shutdown_trigger=stop.wait
+                    cast("ASGIFramework", app),
+                    _Config(sock, tls.context),
+                    shutdown_trigger=partial(_either, stop, changed),
                 )
             except* Exception as failure:  # noqa: BLE001
                 # Hypercorn's own: those of *app* never come here, they were logged, with a 500.
                 _log.warning("http_restarts", problem=repr(failure.exceptions))
-            with trio.move_on_after(AGAIN_S):
-                await stop.wait()
+            if not changed.is_set():
+                with trio.move_on_after(AGAIN_S):
+                    await stop.wait()
+
+
+class Tls:
+    """The TLS of a listener: None is plain HTTP. It may change while it serves."""
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        self.context = context
+        self.changed = trio.Event()
+
+    def change(self, context: ssl.SSLContext | None) -> None:
+        """For new connections; what is being answered gets STOP_S to end."""
+        self.context = context
+        before, self.changed = self.changed, trio.Event()
+        before.set()
+
+
+async def _either(*events: trio.Event) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def first(event: trio.Event) -> None:
+            await event.wait()
+            nursery.cancel_scope.cancel()
+
+        for event in events:
+            nursery.start_soon(first, event)
 
 
 class _Config(Config):
     """Hypercorn's settings: our socket, no access log, and its errors through our logging."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
         super().__init__()
+        self._context = context
+        self.ssl_handshake_timeout = IDLE_S
         # A copy: what is given to trio is closed by it.
         self._socket = sock
         # Its "Running on" is nobody's business: the daemon says where it listens.
@@ -135,4 +171,8 @@ class _Config(Config):
         self.include_server_header = False
 
     def create_sockets(self) -> Sockets:
-        return Sockets([], [self._socket.dup()], [])
+        ours = [self._socket.dup()]
+        return Sockets([], ours, []) if self._context is None else Sockets(ours, [], [])
+
+    def create_ssl_context(self) -> ssl.SSLContext | None:
+        return self._context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import structlog
@@ -17,6 +17,7 @@ from comfyd.errors import ComfydError
 from comfyd.metrics import Metrics
 from comfyd.web import api, exporter, page
 from comfyd.web.api import BadQuestion, Reads, problem
+from comfyd.web.door import Door
 from comfyd.web.exporter import Readiness
 
 _log: Any = structlog.get_logger("comfyd.web.site")
@@ -36,8 +37,21 @@ _HEADERS: Final = {
 }
 
 
-def build(metrics: Metrics, reads: Reads, readiness: Callable[[], Readiness]) -> ASGIApp:
-    """The application; needs no start-up and holds nothing open."""
+def build(
+    metrics: Metrics,
+    reads: Reads,
+    readiness: Callable[[], Readiness],
+    *,
+    door: Door | None = None,
+    headers: Callable[[], Mapping[str, str]] = dict,
+) -> ASGIApp:
+    """The application; needs no start-up and holds nothing open.
+
+    Args:
+      door: Asks who wants to read, whatever it is; None lets everybody.
+      headers: Of all answers, in the place of ours; one without a value is left out.
+
+    """
     app = Starlette(
         routes=[
             *exporter.routes(metrics, reads.snapshot, readiness),
@@ -52,7 +66,7 @@ def build(metrics: Metrics, reads: Reads, readiness: Callable[[], Readiness]) ->
         },
     )
     app.router.redirect_slashes = False
-    return _Guard(app)
+    return _Guard(app, door, headers)
 
 
 async def _bad_question(request: Request, error: Exception) -> Response:
@@ -73,10 +87,14 @@ async def _bug(request: Request, error: Exception) -> Response:
 
 
 class _Guard:
-    """Around everything: GET alone, so many at once, so long each, and our headers."""
+    """Around everything: who is let in, GET alone, so many at once, so long each, our headers."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self, app: ASGIApp, door: Door | None, headers: Callable[[], Mapping[str, str]]
+    ) -> None:
         self._app = app
+        self._door = door
+        self._headers = headers
         self._places = trio.CapacityLimiter(REQUESTS_MAX)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,11 +107,19 @@ class _Guard:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                own = {name.lower() for name, _ in message["headers"]}
-                ours = [(name, text) for name, text in _HEADERS.items() if name not in own]
-                message["headers"] = [*message["headers"], *ours]
+                theirs = {name.lower().encode(): v.encode() for name, v in self._headers().items()}
+                given = [each for each in message["headers"] if each[0].lower() not in theirs]
+                own = {name.lower() for name, _ in given}
+                ours = {name: text for name, text in _HEADERS.items() if name not in own} | theirs
+                message["headers"] = [*given, *(each for each in ours.items() if each[1])]
             await send(message)
 
+        # Before a place is taken: who may not read keeps nobody out.
+        if self._door is not None:
+            given = next((v for n, v in scope["headers"] if n.lower() == b"authorization"), None)
+            if (refusal := await self._door.refusal(given)) is not None:
+                await refusal(scope, receive, send_with_headers)
+                return
         place = object()
         try:
             self._places.acquire_on_behalf_of_nowait(place)

@@ -220,15 +220,23 @@ class Wishes:
         name, engine = self._server(request), self._engine
         before, was = engine.servers[name], engine.trouble(name)
         written = await self._written(ResumeAsked(server=name))
-        told = wishes.server_resumed(before, was, engine.servers[name], engine.trouble(name))
+        # A reload may have taken it away meanwhile.
+        after = engine.servers.get(name)
+        if after is None:
+            return _result("resume", wishes.departed(name), server=name)
+        left = len(engine.on_server[name])
+        told = wishes.server_resumed(before, was, after, engine.trouble(name), left)
         return _result("resume", told if written else wishes.UNWRITTEN, server=name)
 
     async def _drain(self, request: Mapping[str, Any]) -> dict[str, Any]:
         name, engine = self._server(request), self._engine
         before = engine.servers[name]
         written = await self._written(DrainAsked(server=name))
+        after = engine.servers.get(name)
+        if after is None:
+            return _result("drain", wishes.departed(name), server=name)
         left = len(engine.on_server[name])
-        told = wishes.drained(before, engine.servers[name], left)
+        told = wishes.drained(before, after, left)
         return _result("drain", told if written else wishes.UNWRITTEN, server=name, in_flight=left)
 
     async def _forget(self, request: Mapping[str, Any]) -> dict[str, Any]:

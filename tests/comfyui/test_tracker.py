@@ -490,6 +490,41 @@ async def test_a_bug_in_the_listener_is_not_survived(
         nursery.cancel_scope.cancel()
 
 
+async def test_it_is_on_time_whatever_servers_do(rig: Rig, autojump_clock: MockClock) -> None:
+    async def hang_up(stream: trio.abc.Stream) -> None:
+        await trio.aclose_forcefully(stream)
+
+    async def leave(_: Socket) -> None:
+        await trio.sleep(5)
+
+    tracker = rig.start(hang_up, stay, greeting(leave), hang_up, greeting(leave), u=0.999)
+    seen = set()
+    for _ in range(600):
+        await trio.sleep(1)
+        seen.add(tracker.state)
+        assert tracker.on_time(), tracker.state
+    assert seen == {"connecting", "connected", "backoff"}
+
+
+async def test_a_task_that_hangs_is_late(rig: Rig, autojump_clock: MockClock) -> None:
+    tracker = rig.start(stay)
+
+    async def hang(*_: object) -> trio.abc.Stream:
+        with trio.CancelScope(shield=True):
+            await let_go.wait()
+        raise ServerUnreachable("let go")
+
+    let_go = trio.Event()
+    tracker._open_stream = hang
+    await trio.sleep(15)
+    assert tracker.on_time()
+    await trio.sleep(10)
+    assert not tracker.on_time()
+    let_go.set()
+    await trio.sleep(0.1)
+    assert tracker.on_time()
+
+
 async def test_cancellation_ends_it_at_once(autojump_clock: MockClock) -> None:
     async with trio.open_nursery() as nursery:
         log = Log()

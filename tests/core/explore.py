@@ -11,13 +11,14 @@ from tests.core.test_explorer import FAULTS, WORLDS
 # What can happen to servers and by persons, besides FAULTS.
 MORE = {
     "hang": 1, "off": 1, "forget": 1, "reject": 1, "zombie": 1, "stubborn": 1, "hold": 1,
-    "drain": 1, "full": 1, "disk": 1, "conflict": 1,
+    "drain": 1, "full": 1, "disk": 1, "conflict": 1, "remove": 1,
 }  # fmt: skip
 LONG = [
     ("a", "S", FAULTS, 2, PLAIN),
     ("a", "ST", FAULTS, 2, PLAIN),
     *(("a", servers, faults, most + 1, scene) for servers, faults, most, scene in WORLDS.values()),
     ("a", "ST", {**FAULTS, **MORE}, 2, PLAIN),
+    ("a", "ST", {"remove": 1, "hang": 1, "crash": 1}, 2, PLAIN),
     *(("ab", "ST", {fault: 1}, 1, PLAIN) for fault in FAULTS),
     ("ab", "ST", {}, 0, Scene(window=2, down="T")),
     ("ab", "S", {"crash": 1}, 1, Scene(window=2)),

@@ -106,6 +106,7 @@ class World:
         foreign = dict.fromkeys(scene.busy, ("foreign", "x"))
         self.sims = {n: Sim(hung=n in scene.down, running=foreign.get(n)) for n in servers}
         self.engine: engines.Engine | None = None
+        self.configured = tuple(servers)  # in the file: a crash changes nothing about it
         self.store: dict[str, Row] = {}
         self.fences: dict[str, Fence] = {}
         self.settings: dict[str, Any] = {}
@@ -130,23 +131,14 @@ class World:
 
     def start(self) -> None:
         self.engine = self.loaded(crashed=True)
-        for name, sim in self.sims.items():
-            self.engine.handle(
-                facts.Health(server=ServerName(name), ok=not sim.hung), now_s=self.now_s, u=0
-            )
-            if not sim.hung:
-                self.connect(name)
+        for name in self.configured:
+            self.meet(name)
         self.tell(facts.Tick())
 
     def loaded(self, *, crashed: bool) -> engines.Engine:
         """An engine that knows what the journal does."""
-        window = self.scene.window
-        every_s = self.scene.restart_every_s
-        servers = [
-            Server(name=ServerName(n), origin=n, window=window, restart_every_s=every_s)
-            for n in self.sims
-        ]
-        engine = engines.Engine(servers, POLICY, Counter(r.state for r in self.store.values()))
+        counts = Counter(r.state for r in self.store.values())
+        engine = engines.Engine(self.fleet(), POLICY, counts)
         idle = {State.QUEUED, State.HELD}
         rows = [r for r in self.store.values() if r.state not in idle and not r.retired]
         fences = tuple(self.fences.values())
@@ -154,6 +146,37 @@ class World:
             rows, crashed=crashed, now_s=self.now_s, u=0, fences=fences, settings=self.settings
         )
         return engine
+
+    def fleet(self) -> tuple[Server, ...]:
+        window, every_s = self.scene.window, self.scene.restart_every_s
+        return tuple(
+            Server(name=ServerName(n), origin=n, window=window, restart_every_s=every_s)
+            for n in self.configured
+        )
+
+    def reload(self, *servers: str) -> None:
+        self.configured = servers
+        self.tell(facts.Reconfigured(servers=self.fleet(), policy=POLICY))
+
+    def knows(self, name: str) -> bool:
+        return self.engine is not None and ServerName(name) in self.engine.servers
+
+    def meet(self, name: str) -> None:
+        assert self.engine is not None
+        hung = self.sims[name].hung
+        health = facts.Health(server=ServerName(name), ok=not hung)
+        self.engine.handle(health, now_s=self.now_s, u=0)
+        if not hung:
+            self.connect(name)
+
+    def leave(self, name: str) -> None:
+        """The link is closed: nothing is heard any more, and no answer comes from its prober."""
+        self.put(name, client=None)
+        self.wire = tuple(hint for hint in self.wire if hint.server != name)
+        asked = (orders.Probe, orders.Stop, orders.Fence)
+        self.work = tuple(
+            item for item in self.work if not (isinstance(item[1], asked) and of(item[1]) == name)
+        )
 
     def connect(self, name: str) -> None:
         client = f"{name}{self.faults}"
@@ -186,16 +209,23 @@ class World:
         for prompt_id in batch.lifted:
             del self.fences[prompt_id]
         self.settings |= dict(batch.settings)
-        given = [order for order in batch.orders if not isinstance(order, orders.Read)]
+        beside = (orders.Read, orders.Enlist, orders.Dismiss)
+        given = [order for order in batch.orders if not isinstance(order, beside)]
         fenced = {fence.server for fence in self.fences.values()}
         sent = {order.row.server for order in given if isinstance(order, orders.Submit)}
         assert not sent & fenced, "POST to a server with an attempt that may still run"
-        self.work += tuple(("do", order, None) for order in given)
         for order in batch.orders:
-            if isinstance(order, orders.Read):
-                self.engine.handle(self.read(order), now_s=self.now_s, u=0)
-        if len(given) < len(batch.orders):
+            if isinstance(order, orders.Dismiss):
+                self.leave(order.server)
+        self.work += tuple(("do", order, None) for order in given)
+        reads = [order for order in batch.orders if isinstance(order, orders.Read)]
+        for order in reads:
+            self.engine.handle(self.read(order), now_s=self.now_s, u=0)
+        if reads:
             self.settle()
+        for order in batch.orders:
+            if isinstance(order, orders.Enlist):
+                self.meet(order.server)
 
     def read(self, order: orders.Read) -> facts.Fact:
         queued = [r for r in self.store.values() if r.state is State.QUEUED]
@@ -258,6 +288,8 @@ class World:
     def hang(self, name: str) -> None:
         self.put(name, hung=True, client=None)
         self.wire = tuple(hint for hint in self.wire if hint.server != name)
+        if not self.knows(name):
+            return
         self.tell(facts.Disconnected(server=ServerName(name), cause="ping_timeout"))
         self.tell(facts.Health(server=ServerName(name), ok=False))
 
@@ -270,14 +302,14 @@ class World:
         self.put(name, hung=False, off=False)
         until_s = self.now_s + GHOST_S
         self.ghosts = tuple((r, until_s if r.server == name else s) for r, s in self.ghosts)
-        if self.engine is not None:
+        if self.knows(name):
             self.tell(facts.Health(server=ServerName(name), ok=True))
             self.connect(name)
 
     def restart(self, name: str) -> None:
         self.sims[name] = Sim()
         self.wire = tuple(hint for hint in self.wire if hint.server != name)
-        if self.engine is not None:
+        if self.knows(name):
             self.tell(facts.Disconnected(server=ServerName(name), cause="closed"))
             self.connect(name)
 
@@ -342,7 +374,8 @@ class World:
                     continue
                 about = item[1].fence if isinstance(item[1], orders.Fence) else item[1].row
                 sim = Sim() if about.server is None else self.sims[about.server]
-                goes = refused if sim.off else into_the_void if sim.hung else carry_out
+                silent = sim.hung or (about.server is not None and not self.knows(about.server))
+                goes = refused if sim.off else into_the_void if silent else carry_out
                 for label, act, cost in goes(*item):
                     label = f"{label} {about.job}"
                     yield label, lambda w: (setattr(w, "work", rest), act(w)), cost
@@ -385,7 +418,15 @@ class World:
                 yield "full", lambda w: w.tell(facts.SpaceSeen(enough=False)), "full"
             else:
                 yield "space", lambda w: w.tell(facts.SpaceSeen(enough=True)), None
+            for name in self.sims:
+                others = tuple(other for other in self.configured if other != name)
+                if name not in self.configured:
+                    yield f"add {name}", lambda w: w.reload(*w.configured, name), None
+                elif others:
+                    yield f"remove {name}", lambda w: w.reload(*others), "remove"
             for name, sim in self.sims.items():
+                if not self.knows(name):
+                    continue
                 if sim.dead and sim.pending:
                     looked = facts.QueueLooked(
                         server=ServerName(name), running=0, pending=len(sim.pending)
@@ -487,7 +528,7 @@ class World:
             for v in [job.live]]
         servers = [
             (s.client_id, s.failures, off(s.closed_until_s), off(s.listen_by_s), s.up, s.draining,
-             s.wedged, off(s.idle_since_s, 2), off(s.unfit_since_s, 4), s.strikes,
+             s.wedged, off(s.idle_since_s, 2), off(s.unfit_since_s, 4), s.strikes, s.leaving,
              off(s.restart_s) if s.restart_every_s is not None else None)
             for s in (self.engine.servers.values() if self.engine else ())]
         watches = [
@@ -501,12 +542,19 @@ class World:
                 tuple((name, off(at_s, self.scene.restart_every_s or 0.0)) for times in
                       (self.settings.get("restarted", {}), self.restarted)
                       for name, at_s in sorted(times.items())),
+                self.configured, tuple(self.engine.fleet.dormant) if self.engine else (),
                 tuple((name, row(r)) for name, r in sorted(self.store.items())),
                 tuple((g.prompt_id, off(until_s)) for g, until_s in self.ghosts),
                 frozenset((h.prompt_id, h.sign) for h in self.wire), self.claimed, self.stage,
                 self.forgotten,
                 tuple((type(a), token(a)) for a in self.echo), self.shown(),
                 tuple(sorted(self.delivered.items())))
+
+
+def of(order: orders.JobOrder | orders.Fence) -> str:
+    """The server that an order is about, or ""."""
+    about = order.fence if isinstance(order, orders.Fence) else order.row
+    return about.server or ""
 
 
 def into_the_void(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str | None]]:

@@ -34,6 +34,7 @@ class Rig:
         self.notes: list[Note] = []
         self.given: list[orders.JobOrder] = []
         self.fenced: list[orders.Fence] = []
+        self.links: list[orders.Enlist | orders.Dismiss] = []
         self.fences: dict[str, model.Fence] = {}
         self.settings: dict[str, object] = {}
         self.start()
@@ -78,6 +79,8 @@ class Rig:
             self.settings |= dict(self.batch.settings)
             reads = [o for o in self.batch.orders if isinstance(o, orders.Read)]
             given += [o for o in self.batch.orders if isinstance(o, orders.JobOrder)]
+            links = [o for o in self.batch.orders if isinstance(o, orders.Enlist | orders.Dismiss)]
+            self.links += links
             self.fenced += [o for o in self.batch.orders if isinstance(o, orders.Fence)]
             if not reads:
                 break

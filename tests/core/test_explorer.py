@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from comfyd.core import finishing, lifecycle, moves, submitted
+from comfyd.core.engine import Engine
 from comfyd.core.facts import Collected, Published, SubmitUnknown
 from comfyd.core.fleet import Fleet
 from comfyd.core.job import Ask, Context, Job, Step
@@ -46,6 +47,7 @@ WORLDS = {
         2,
         PLAIN,
     ),
+    "a server is removed": ("ST", {"remove": 2, "crash": 1}, 2, PLAIN),
     "fetched back": ("ST", {"crash": 1, "cancel": 1}, 1, Scene(down="T", busy="S")),
 }
 
@@ -108,6 +110,13 @@ def test_it_finds_a_fence_that_nobody_heeds(monkeypatch):
     monkeypatch.setattr(Fleet, "watch", lambda fleet, fence: None)
     with pytest.raises(AssertionError, match="an attempt that may still run"):
         explore("a", "S", {"hang": 1}, 1)
+
+
+def test_it_finds_a_server_that_is_let_go_too_early(monkeypatch):
+    """Removed with a prompt of ours on it, of which nobody hears any more."""
+    monkeypatch.setattr(Engine, "_work_of", lambda engine, server: [])
+    with pytest.raises(AssertionError):
+        explore("a", "ST", {"remove": 1}, 1)
 
 
 def test_it_finds_an_attempt_that_is_given_up_in_silence(monkeypatch):

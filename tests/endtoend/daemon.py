@@ -150,6 +150,13 @@ class Daemon:
         """Where its HTTP side is, once it is ready."""
         return self._http
 
+    def rewrite(self, **sections: object) -> None:
+        """Replace these sections of its configuration, as an editor does: at once."""
+        document = json.loads(self.config.read_text()) | sections
+        aside = self.config.with_suffix(".new")
+        aside.write_text(json.dumps(document, indent=1))
+        aside.rename(self.config)
+
     # --- what it shows ---------------------------------------------------------------------------
 
     def log(self) -> str:

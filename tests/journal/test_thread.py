@@ -1,8 +1,11 @@
 """The async face: what is cancelled, what is not, who waits for whom, and how it ends."""
 
+import threading
+
 import msgspec
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from comfyd.core.model import JobId, Row, State
@@ -88,6 +91,27 @@ async def test_many_at_once_take_turns(path):
                 for seq in range(1, 51):
                     nursery.start_soon(commit, seq)
             assert (await journal.counts())[State.QUEUED] == 50
+
+
+async def test_it_comes_round_only_when_what_it_is_doing_is_done(path):
+    let_go = threading.Event()
+
+    class Slow(SqliteStore):
+        def commit(self, batch: Batch) -> tuple[bool, ...]:
+            let_go.wait(10)
+            return super().commit(batch)
+
+    async with Journal(lambda: Slow.open(path)) as journal, trio.open_nursery() as nursery:
+        with trio.fail_after(5):
+            await journal.turn()
+        nursery.start_soon(journal.commit, ARRIVAL)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.move_on_after(0.2) as waited:
+            await journal.turn()
+        assert waited.cancelled_caught
+        let_go.set()
+        with trio.fail_after(5):
+            await journal.turn()
 
 
 async def test_inline_the_clock_stands_still_while_it_works(path, autojump_clock: MockClock):

@@ -80,8 +80,8 @@ class Rig:
     def refuse(self) -> None:
         self.refused += 1
 
-    def perform(self, order: orders.JobOrder | orders.Fence | orders.Restart) -> None:
-        assert not isinstance(order, orders.Fence | orders.Restart)
+    def perform(self, order: orders.Task) -> None:
+        assert isinstance(order, orders.JobOrder)
         stored = self.disk.get(order.row.job)
         assert stored is not None, "an order before its commit"
         self.performed.append((self.clock.now_s() - WALL_S, order, stored.state))
@@ -235,6 +235,22 @@ async def test_a_fact_that_a_full_disk_keeps_from_the_journal_has_not_been_dealt
         await rig.dispatcher.settled(rig.inbox.leave(claim))
         assert trio.current_time() - began_s == pytest.approx(6)
         assert rig.disk.get(J) == claim.row
+
+
+async def test_it_comes_round_for_who_asks_also_on_a_full_disk(autojump_clock: MockClock) -> None:
+    async with running() as rig:
+        await trio.sleep(0.1)
+        began_s = trio.current_time()
+        rig.inbox.put(facts.Tick())
+        await rig.dispatcher.turned()
+        assert trio.current_time() == began_s
+        rig.disk.full = 1000
+        rig.inbox.put(rig.claim("fox")[0])
+        for _ in range(3):
+            with trio.fail_after(10):
+                await rig.dispatcher.turned()
+        assert waiting(rig)
+        rig.disk.full = 0
 
 
 # --- keys ----------------------------------------------------------------------------------------

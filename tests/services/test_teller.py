@@ -41,7 +41,7 @@ class Rig:
         journal = Journal(MemoryStore, inline=True)
         self.overview = Overview(
             self.engine, journal, Spool(tmp_path), self.clock,
-            version="1", watched={S: watched}, waiting=str, min_free_bytes=int,
+            version="1", watched=lambda name, origin: watched, waiting=str, min_free_bytes=int,
         )  # fmt: skip
         metrics = Metrics(CollectorRegistry())
         metrics.prepare([S])

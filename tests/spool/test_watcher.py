@@ -74,7 +74,7 @@ async def watching(intake: Intake, *, rescan_s: float = LONG_S) -> AsyncIterator
                 partial(
                     watch,
                     intake,
-                    rescan_s=rescan_s,
+                    rescan_s=lambda: rescan_s,
                     send=seen.send,
                     paused=lambda: seen.paused,
                     on_pickup=seen.pickup_s.append,

@@ -86,8 +86,8 @@ class Rig:
         seq = next(self.fresh)
         return Claimed(row=Row(job=job_id(seq), seq=seq, retry_of=row.job, key=row.key))
 
-    def perform(self, order: orders.JobOrder | orders.Fence | orders.Restart) -> None:
-        assert not isinstance(order, orders.Fence | orders.Restart)
+    def perform(self, order: orders.Task) -> None:
+        assert isinstance(order, orders.JobOrder)
         token = order.token
         match order:
             case orders.Submit() if not self.hung:
