@@ -28,7 +28,7 @@ def test_a_span_is_cut_down(span, short):
 
 @pytest.mark.parametrize("span", ["", "5", "5x", "m", "5m ", "1.5h", "20ms"])
 def test_what_is_no_span_or_would_vanish_is_refused(span):
-    with pytest.raises(ValueError, match="span|short"):
+    with pytest.raises(ValueError, match=r"span|short"):
         shorter(span, FACTOR)
 
 

@@ -1,0 +1,317 @@
+"""``make observe``: every alert is seen to fire and to resolve, every query of a board to answer.
+
+A Prometheus and an Alertmanager watch comfyd daemons while simulated servers, disks and people do
+to them what the alerts tell of. The rules are the shipped ones in fast motion (`compress`). Exits
+with 1 if an alert did not come, did not go, or came where nothing was wrong; or if a query of a
+board had no data for no reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+import yaml
+
+from comfyd.simulator import Simulator
+from tests.endtoend.daemon import QUICK, ROOT, Daemon
+from tests.observe import boards
+from tests.observe.compress import compressed
+from tests.observe.monitor import LOOK_S, Missing, Monitor, free_port, program
+from tests.observe.scenes import SCENES, SMALL_DISK_BYTES, Scene
+from tests.observe.stage import Seen, Stage
+
+RULES: Final = ROOT / "grafana" / "rules" / "comfyd.rules.yaml"
+PAGE: Final = ROOT / "docs" / "observed-alerts.md"
+FACTOR: Final = 30
+QUIET_S: Final = 15.0
+MOST_S: Final = 900.0
+STARTS_AT_ONCE: Final = 3
+EXEMPLARS: Final = "comfyd_completion_latency_seconds_bucket"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make observe", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
+    parser.add_argument(
+        "--only", metavar="STAGE", nargs="+", choices=SCENES, help="play only these"
+    )
+    args = parser.parse_args()
+    try:
+        for name in ("prometheus", "alertmanager"):
+            program(name)
+    except Missing as error:
+        print(f"observe: {error}", file=sys.stderr)
+        return 2
+    names = ["well", *(name for name in args.only or SCENES if name != "well")]
+    with tempfile.TemporaryDirectory(prefix="comfyd-observe-") as home:
+        report = trio.run(observe, Path(home), names)
+    problems = report.problems(everything=not args.only)
+    print("\n".join(["", *report.table(), ""]))
+    for problem in problems:
+        print(f"PROBLEM {problem}")
+    print(f"{len(report.seen)} observed, {len(problems)} problems, {report.took_s:.0f} s")
+    if args.write:
+        if problems or args.only:
+            print("not written: that takes a whole run without problems", file=sys.stderr)
+        else:
+            PAGE.write_text(report.page(), encoding="utf-8")
+    return 1 if problems else 0
+
+
+@dataclass
+class Report:
+    """What was seen.
+
+    Attributes:
+      stray: Alerts that came where nothing of the kind was done.
+      empty: Queries of boards without data.
+      answered: How many had some.
+      exemplars: How many came to Prometheus.
+
+    """
+
+    seen: list[Seen]
+    stray: list[str]
+    empty: list[boards.Query]
+    answered: int
+    exemplars: int
+    took_s: float
+    versions: list[str]
+
+    def problems(self, *, everything: bool) -> list[str]:
+        """What is not as it should be, as sentences; less is expected if not all was played."""
+        found = [f"{s.alert} did not fire at {s.stage}" for s in self.seen if s.fired_s is None]
+        found += [
+            f"{s.alert} did not resolve at {s.stage}"
+            for s in self.seen
+            if s.fired_s is not None and s.resolved_s is None
+        ]
+        found += self.stray
+        if not self.exemplars:
+            found.append("no exemplar came to Prometheus")
+        if everything:
+            missing = alerts() - {one.alert for one in self.seen}
+            found += [f"{alert} has no scene" for alert in sorted(missing)]
+            found += [
+                f"the board {query.board} has no data for {query.title}: {query.expr}"
+                for query in self.empty
+                if query[:2] not in boards.RIGHTLY_EMPTY
+            ]
+            without = {query[:2] for query in self.empty}
+            found += [
+                f"the board {board} has data for {title}, though it is listed as rightly empty"
+                for board, title in boards.RIGHTLY_EMPTY.keys() - without
+            ]
+        return found
+
+    def table(self) -> list[str]:
+        lines = ["| alert | fault | fired after | resolved after |", "|---|---|---|---|"]
+        for one in sorted(self.seen, key=lambda each: (each.alert, each.stage)):
+            fired, resolved = (
+                "never" if span_s is None else f"{span_s:.0f} s"
+                for span_s in (one.fired_s, one.resolved_s)
+            )
+            lines.append(f"| {one.alert} | {one.fault} | {fired} | {resolved} |")
+        return lines
+
+    def page(self) -> str:
+        linked = [
+            f"| [{alert}](runbooks/{alert}.md) {rest}"
+            for line in self.table()[2:]
+            for _, alert, rest in [line.split(" ", 2)]
+        ]
+        empty = [
+            f"- {board}, {title}: {why}" for (board, title), why in boards.RIGHTLY_EMPTY.items()
+        ]
+        return "\n".join(
+            [
+                "# Alerts that were seen",
+                "",
+                "Made by a run of `make observe WRITE=1`; do not edit.",
+                "",
+                f"{', '.join(self.versions)} watched {len(SCENES)} daemons while simulated servers,"
+                " disks and people did to them what the alerts tell of. Each was seen at"
+                f" Alertmanager. The rules were the shipped ones, {FACTOR} times faster (`for`,"
+                " ranges and intervals; thresholds are as shipped), scraped every second: what takes"
+                f" 1 s here takes up to {FACTOR} s with the shipped rules. Times are from the fault,"
+                " and from its end. Nothing fired on the daemon whose jobs went well, nor before the"
+                f" first fault. The run took {self.took_s:.0f} s.",
+                "",
+                *self.table()[:2],
+                *linked,
+                "",
+                f"The {self.answered + len(self.empty)} queries of the boards were asked over the"
+                f" whole run: {self.answered} had data"
+                + (", and these had none, rightly:" if empty else "."),
+                *(["", *empty] if empty else []),
+                "",
+            ]
+        )
+
+
+def rules() -> dict[str, Any]:
+    shipped: dict[str, Any] = yaml.safe_load(RULES.read_text(encoding="utf-8"))
+    return shipped
+
+
+def alerts() -> set[str]:
+    """Every alert that is shipped."""
+    return {
+        rule["alert"] for each in rules()["groups"] for rule in each["rules"] if "alert" in rule
+    }
+
+
+async def observe(home: Path, names: list[str]) -> Report:
+    """Play the scenes of *names*, all at once, and look."""
+    began_s, began_at = trio.current_time(), time.time()
+    with contextlib.ExitStack() as disks:
+        async with contextlib.AsyncExitStack() as daemons, trio.open_nursery() as nursery:
+            simulators, started = {}, {}
+            targets = {name: f"127.0.0.1:{free_port()}" for name in names}
+            gate = trio.CapacityLimiter(STARTS_AT_ONCE)
+
+            async def start(name: str) -> None:
+                async with gate:
+                    await daemons.enter_async_context(started[name].running())
+
+            for name in names:
+                simulators[name] = Simulator(run_s=0.01)
+                url = await nursery.start(simulators[name].serve)
+                folder = home / name
+                folder.mkdir()
+                if SCENES[name].small_disk:
+                    disks.enter_context(small_disk(folder))
+                started[name] = daemon(SCENES[name], folder, url, targets[name])
+            async with trio.open_nursery() as starting:
+                for name in names:
+                    starting.start_soon(start, name)
+            tell(f"{len(names)} daemons run")
+            fast = compressed(rules(), FACTOR)
+            async with Monitor.running(home / "monitor", fast, targets) as monitor:
+                stages = {n: Stage(n, started[n], simulators[n], monitor) for n in names}
+                stray = await quiet(monitor, len(names))
+                await play(stages)
+                stray += strays(stages, monitor)
+                empty, answered = await look_at_boards(monitor, began_at)
+                exemplars = await monitor.exemplars(EXEMPLARS, began_at, time.time())
+            nursery.cancel_scope.cancel()
+    return Report(
+        seen=[one for stage in stages.values() for one in stage.seen],
+        stray=stray,
+        empty=empty,
+        answered=answered,
+        exemplars=sum("job_id" in each["labels"] for each in exemplars),
+        took_s=trio.current_time() - began_s,
+        versions=[version("prometheus"), version("alertmanager")],
+    )
+
+
+def daemon(scene: Scene, home: Path, url: str, address: str) -> Daemon:
+    settings: dict[str, Any] = {"metrics": {"listen": address}, "health": {"interval": "2s"}}
+    for section, values in scene.settings.items():
+        settings[section] = {**QUICK.get(section, {}), **values}
+    return Daemon(home, url, settings, module=scene.module)
+
+
+async def quiet(monitor: Monitor, daemons: int) -> list[str]:
+    """Before anything is done, nothing fires."""
+    scraped = False
+    with trio.move_on_after(30):
+        while not scraped:
+            scraped = sum(int(one["value"][1]) for one in await monitor.now("up")) == daemons
+            await trio.sleep(LOOK_S)
+    if not scraped:
+        return ["Prometheus does not reach every daemon"]
+    await trio.sleep(QUIET_S)
+    tell("all is quiet" if not monitor.ever else "it is NOT quiet")
+    return [f"{alert.name} fired at {alert.instance} before any fault" for alert in monitor.ever]
+
+
+async def play(stages: dict[str, Stage]) -> None:
+    with trio.move_on_after(MOST_S):
+        async with trio.open_nursery() as background:
+            background.start_soon(SCENES["well"].play, stages["well"])
+            async with trio.open_nursery() as nursery:
+                for name, stage in stages.items():
+                    if name != "well":
+                        nursery.start_soon(scene, name, stage)
+            background.cancel_scope.cancel()
+
+
+async def scene(name: str, stage: Stage) -> None:
+    await SCENES[name].play(stage)
+    told = ", ".join(
+        f"{one.alert} after {-1 if one.fired_s is None else one.fired_s:.0f} s,"
+        f" gone after {-1 if one.resolved_s is None else one.resolved_s:.0f} s"
+        for one in stage.seen
+    )
+    tell(f"{name}: {told}")
+
+
+def strays(stages: dict[str, Stage], monitor: Monitor) -> list[str]:
+    """Alerts that fired on a stage where nothing of the kind was done."""
+    expected = {
+        name: {one.alert for one in stage.seen} | SCENES[name].also
+        for name, stage in stages.items()
+    }
+    return [
+        f"{alert.name} fired at {alert.instance or 'no daemon'}, where nothing of the kind was done"
+        for alert in sorted(monitor.ever)
+        if alert.name not in expected.get(alert.instance, set())
+    ]
+
+
+async def look_at_boards(monitor: Monitor, began_at: float) -> tuple[list[boards.Query], int]:
+    """The queries of all boards that had no data in the whole run, and how many had some."""
+    every = [query for board in boards.boards() for query in boards.queries(board)]
+    empty = [
+        query
+        for query in every
+        if not boards.is_data(
+            await monitor.between(boards.asked(query.expr), began_at, time.time())
+        )
+    ]
+    tell(f"{len(every)} queries of boards asked, {len(empty)} without data")
+    return empty, len(every) - len(empty)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A disk of its own for *folder*; takes root."""
+    if os.geteuid() != 0:
+        raise SystemExit("observe: a small disk is mounted for one of the scenes; run it as root")
+    options = f"size={SMALL_DISK_BYTES},mode=755"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def version(name: str) -> str:
+    """Such as ``prometheus 2.42.0``."""
+    told = subprocess.run(
+        [program(name), "--version"], capture_output=True, text=True, check=True, timeout=20
+    )
+    return " ".join((told.stdout or told.stderr).split()[:3:2]).partition("+")[0].capitalize()
+
+
+def tell(what: str) -> None:
+    print(f"{time.monotonic() - _BEGAN_S:6.0f} s  {what}", flush=True)
+
+
+_BEGAN_S: Final = time.monotonic()
+
+if __name__ == "__main__":
+    sys.exit(main())
