@@ -1,4 +1,4 @@
-"""``make observe``: every alert is seen to fire and to resolve, every query of a board to answer.
+"""``make observe``: every alert is seen to fire and to resolve, and every board to answer.
 
 A Prometheus and an Alertmanager watch comfyd daemons while simulated servers, disks and people do
 to them what the alerts tell of. The rules are the shipped ones in fast motion (`compress`). Exits
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import trio
 import yaml
@@ -143,10 +144,10 @@ class Report:
                 f"{', '.join(self.versions)} watched {len(SCENES)} daemons while simulated servers,"
                 " disks and people did to them what the alerts tell of. Each was seen at"
                 f" Alertmanager. The rules were the shipped ones, {FACTOR} times faster (`for`,"
-                " ranges and intervals; thresholds are as shipped), scraped every second: what takes"
-                f" 1 s here takes up to {FACTOR} s with the shipped rules. Times are from the fault,"
-                " and from its end. Nothing fired on the daemon whose jobs went well, nor before the"
-                f" first fault. The run took {self.took_s:.0f} s.",
+                " ranges and intervals; thresholds are as shipped), scraped every second: what"
+                f" takes 1 s here takes up to {FACTOR} s with the shipped rules. Times are from the"
+                " fault, and from its end. Nothing fired on the daemon whose jobs went well, nor"
+                f" before the first fault. The run took {self.took_s:.0f} s.",
                 "",
                 *self.table()[:2],
                 *linked,
@@ -177,7 +178,9 @@ async def observe(home: Path, names: list[str]) -> Report:
     began_s, began_at = trio.current_time(), time.time()
     with contextlib.ExitStack() as disks:
         async with contextlib.AsyncExitStack() as daemons, trio.open_nursery() as nursery:
-            simulators, started = {}, {}
+            nursery.start_soon(until_told)
+            simulators: dict[str, Simulator] = {}
+            started: dict[str, Daemon] = {}
             targets = {name: f"127.0.0.1:{free_port()}" for name in names}
             gate = trio.CapacityLimiter(STARTS_AT_ONCE)
 
@@ -222,6 +225,14 @@ def daemon(scene: Scene, home: Path, url: str, address: str) -> Daemon:
     for section, values in scene.settings.items():
         settings[section] = {**QUICK.get(section, {}), **values}
     return Daemon(home, url, settings, module=scene.module)
+
+
+async def until_told() -> NoReturn:
+    """SIGTERM ends it as Ctrl-C does: whatever runs is ended."""
+    with trio.open_signal_receiver(signal.SIGTERM) as received:
+        async for _ in received:
+            raise KeyboardInterrupt
+    raise AssertionError
 
 
 async def quiet(monitor: Monitor, daemons: int) -> list[str]:

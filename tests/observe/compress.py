@@ -46,8 +46,8 @@ def compressed(rules: dict[str, Any], factor: int) -> dict[str, Any]:
 
     def rule(one: dict[str, Any]) -> dict[str, Any]:
         expr = _IN_QUERY.sub(lambda span: shorter(span[0], factor), one["expr"])
-        spans = {key: shorter(one[key], factor) for key in ("for", "keep_firing_for") if key in one}
-        return {**one, "expr": expr, **spans}
+        wait = {"for": shorter(one["for"], factor)} if "for" in one else {}
+        return {**one, "expr": expr, **wait}
 
     def group(one: dict[str, Any]) -> dict[str, Any]:
         pace = {"interval": shorter(one["interval"], factor)} if "interval" in one else {}

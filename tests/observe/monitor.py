@@ -103,7 +103,7 @@ class Monitor:
         cls, home: Path, rules: Mapping[str, Any], targets: Mapping[str, str]
     ) -> AsyncIterator[Monitor]:
         """Started, ready, watching *targets* (address by name) by *rules*; killed at the end."""
-        ours = cls(*(f"http://127.0.0.1:{free_port()}" for _ in range(2)))
+        ours = cls(f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}")
         home.mkdir()  # noqa: ASYNC240 - local, and once
         (home / "rules.yaml").write_text(yaml.safe_dump(dict(rules)))
         (home / "prometheus.yml").write_text(yaml.safe_dump(ours._settings(targets)))

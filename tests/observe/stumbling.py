@@ -23,5 +23,5 @@ if __name__ == "__main__":
             raise ServerProtocol("a case that was forgotten")
         await real(probe)
 
-    HealthProbe._ask = ask  # type: ignore[method-assign]
+    HealthProbe._ask = ask  # type: ignore[method-assign,assignment]
     sys.exit(main())
