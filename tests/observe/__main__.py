@@ -186,7 +186,9 @@ async def observe(home: Path, names: list[str]) -> Report:
 
             async def start(name: str) -> None:
                 async with gate:
-                    await daemons.enter_async_context(started[name].running())
+                    daemons.push_async_callback(started[name].bury)
+                    await started[name].start()
+                    await started[name].ready()
 
             for name in names:
                 simulators[name] = Simulator(run_s=0.01)
@@ -205,7 +207,7 @@ async def observe(home: Path, names: list[str]) -> Report:
                 stages = {n: Stage(n, started[n], simulators[n], monitor) for n in names}
                 stray = await quiet(monitor, len(names))
                 await play(stages)
-                stray += strays(stages, monitor)
+                stray += strays(stages, monitor) + ended(stages)
                 empty, answered = await look_at_boards(monitor, began_at)
                 exemplars = await monitor.exemplars(EXEMPLARS, began_at, time.time())
             nursery.cancel_scope.cancel()
@@ -281,6 +283,17 @@ def strays(stages: dict[str, Stage], monitor: Monitor) -> list[str]:
         for alert in sorted(monitor.ever)
         if alert.name not in expected.get(alert.instance, set())
     ]
+
+
+def ended(stages: dict[str, Stage]) -> list[str]:
+    """Daemons that ended by themselves, with what they said last."""
+    found = []
+    for name, stage in stages.items():
+        try:
+            stage.daemon.check_alive()
+        except AssertionError as error:
+            found.append(f"{name}: {str(error).splitlines()[0]} {stage.daemon.log()[-600:]}")
+    return found
 
 
 async def look_at_boards(monitor: Monitor, began_at: float) -> tuple[list[boards.Query], int]:

@@ -243,8 +243,9 @@ async def outputs_vanish(stage: Stage) -> None:
 
 
 async def silent_prompts(stage: Stage) -> None:
-    silent = stage.begins("a node that says nothing while it runs")
-    stage.drop(lambda number: graphs.slow(number, 600))
+    silent = stage.begins("a node stands still: `node-stalls`")
+    stage.simulator.faults.stalls = HowOften(count=1)
+    stage.drop(graphs.picture)
     await silent.fires("ComfydJobsStale")
     silent.ends()
     await stage.comfyd("cancel", "--match", "*")
