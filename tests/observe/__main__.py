@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from tests.observe.stage import Seen, Stage
 RULES: Final = ROOT / "grafana" / "rules" / "comfyd.rules.yaml"
 PAGE: Final = ROOT / "docs" / "observed-alerts.md"
 FACTOR: Final = 30
+SETTLES_S: Final = 60.0
 QUIET_S: Final = 15.0
 MOST_S: Final = 900.0
 STARTS_AT_ONCE: Final = 3
@@ -226,7 +228,12 @@ def daemon(scene: Scene, home: Path, url: str, address: str) -> Daemon:
     settings: dict[str, Any] = {"metrics": {"listen": address}, "health": {"interval": "2s"}}
     for section, values in scene.settings.items():
         settings[section] = {**QUICK.get(section, {}), **values}
-    return Daemon(home, url, settings, module=scene.module)
+    made = Daemon(home, url, settings, module=scene.module)
+    if scene.window is not None:
+        document = json.loads(made.config.read_text())
+        document["servers"][0]["window"] = scene.window
+        made.config.write_text(json.dumps(document, indent=1))
+    return made
 
 
 async def until_told() -> NoReturn:
@@ -239,13 +246,15 @@ async def until_told() -> NoReturn:
 
 async def quiet(monitor: Monitor, daemons: int) -> list[str]:
     """Before anything is done, nothing fires."""
-    scraped = False
-    with trio.move_on_after(30):
-        while not scraped:
-            scraped = sum(int(one["value"][1]) for one in await monitor.now("up")) == daemons
+    settled = False
+    with trio.move_on_after(SETTLES_S):
+        while not settled:
+            up = sum(int(one["value"][1]) for one in await monitor.now("up"))
+            settled = up == daemons and not monitor.active
             await trio.sleep(LOOK_S)
-    if not scraped:
+    if not settled:
         return ["Prometheus does not reach every daemon"]
+    monitor.ever.clear()  # before its first scrape, Prometheus missed all of them
     await trio.sleep(QUIET_S)
     tell("all is quiet" if not monitor.ever else "it is NOT quiet")
     return [f"{alert.name} fired at {alert.instance} before any fault" for alert in monitor.ever]

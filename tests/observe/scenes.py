@@ -28,6 +28,7 @@ class Scene:
     also: Alerts that may fire besides those that the scene waits for: they tell of the same fault.
     settings: Of its daemon.
     module: What is run as comfyd.
+    window: Prompts kept on its server; None is auto.
     small_disk: The spool lies on a disk of its own of SMALL_DISK_BYTES.
     """
 
@@ -35,6 +36,7 @@ class Scene:
     also: frozenset[str] = frozenset()
     settings: Mapping[str, Any] = field(default_factory=dict)
     module: str = "comfyd"
+    window: int | None = None
     small_disk: bool = False
 
 
@@ -319,9 +321,11 @@ SCENES: Final = {
     "silent": Scene(lost_end_signals, settings=PATIENT),
     "flaps": Scene(bad_line),
     "history": Scene(history_fails, frozenset({"ComfydCompletionLatencyHigh"}), PATIENT),
-    "slow": Scene(slow_server, settings=PATIENT),
+    "slow": Scene(slow_server, settings=PATIENT, window=16),  # or too few would end to tell
     "crashes": Scene(crashing_server, frozenset({"ComfydSocketFlapping"}), PATIENT),
-    "outputs": Scene(outputs_vanish, frozenset({"ComfydAttemptsLost"})),
+    "outputs": Scene(
+        outputs_vanish, frozenset({"ComfydAttemptsLost", "ComfydCompletionLatencyHigh"})
+    ),
     "stale": Scene(silent_prompts),
     "old": Scene(old_queue, frozenset({"ComfydDown"}), PATIENT),
     "bug": Scene(forgotten_case, module="tests.observe.stumbling"),
