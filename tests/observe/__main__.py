@@ -209,7 +209,7 @@ async def observe(home: Path, names: list[str]) -> Report:
                 stages = {n: Stage(n, started[n], simulators[n], monitor) for n in names}
                 stray = await quiet(monitor, len(names))
                 await play(stages)
-                stray += strays(stages, monitor) + ended(stages)
+                stray += strays(stages, monitor) + broken(stages)
                 empty, answered = await look_at_boards(monitor, began_at)
                 exemplars = await monitor.exemplars(EXEMPLARS, began_at, time.time())
             nursery.cancel_scope.cancel()
@@ -272,7 +272,11 @@ async def play(stages: dict[str, Stage]) -> None:
 
 
 async def scene(name: str, stage: Stage) -> None:
-    await SCENES[name].play(stage)
+    try:
+        await SCENES[name].play(stage)
+    except* (AssertionError, trio.TooSlowError) as group:  # the others go on; it is told at the end
+        log = stage.daemon.log()[-1500:]
+        stage.broken = f"the scene of {name} broke off: {group.exceptions[0]!r}; {log}"
     told = ", ".join(
         f"{one.alert} after {-1 if one.fired_s is None else one.fired_s:.0f} s,"
         f" gone after {-1 if one.resolved_s is None else one.resolved_s:.0f} s"
@@ -294,9 +298,9 @@ def strays(stages: dict[str, Stage], monitor: Monitor) -> list[str]:
     ]
 
 
-def ended(stages: dict[str, Stage]) -> list[str]:
-    """Daemons that ended by themselves, with what they said last."""
-    found = []
+def broken(stages: dict[str, Stage]) -> list[str]:
+    """Scenes that broke off, and daemons that ended by themselves, with what they said last."""
+    found = [stage.broken for stage in stages.values() if stage.broken]
     for name, stage in stages.items():
         try:
             stage.daemon.check_alive()

@@ -78,6 +78,7 @@ class Stage:
 
     Attributes:
       seen: What was looked for here.
+      broken: Why its scene broke off, as a sentence; "" if it did not.
 
     """
 
@@ -86,6 +87,7 @@ class Stage:
     simulator: Simulator
     monitor: Monitor
     seen: list[Seen] = field(default_factory=list)
+    broken: str = ""
     _numbers: count[int] = field(default_factory=count)
 
     def begins(self, what: str) -> Fault:
