@@ -39,7 +39,7 @@ prove: $(STAMP)  ## Kill daemon and servers, lose journals, fill disks, run 10,0
 		tests/endtoend/prove_latency.py tests/endtoend/prove_scale.py
 
 # WRITE=1 also writes docs/observed-alerts.md. Needs Debian's prometheus and prometheus-alertmanager.
-observe: $(STAMP)  ## Make everything go wrong, and see every alert fire and resolve (about 8 minutes)
+observe: $(STAMP)  ## Make everything go wrong, and see every alert fire and resolve (about 9 minutes)
 	$(BIN)/python -m tests.observe $(if $(WRITE),--write)
 
 $(STAMP): pyproject.toml constraints.txt

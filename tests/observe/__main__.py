@@ -29,13 +29,13 @@ from comfyd.simulator import Simulator
 from tests.endtoend.daemon import QUICK, ROOT, Daemon
 from tests.observe import boards
 from tests.observe.compress import compressed
-from tests.observe.monitor import LOOK_S, Missing, Monitor, free_port, program
+from tests.observe.monitor import LOOK_S, SCRAPE_S, Missing, Monitor, free_port, program
 from tests.observe.scenes import SCENES, SMALL_DISK_BYTES, Scene
 from tests.observe.stage import Seen, Stage
 
 RULES: Final = ROOT / "grafana" / "rules" / "comfyd.rules.yaml"
 PAGE: Final = ROOT / "docs" / "observed-alerts.md"
-FACTOR: Final = 30
+FACTOR: Final = 20
 SETTLES_S: Final = 60.0
 QUIET_S: Final = 15.0
 MOST_S: Final = 900.0
@@ -146,7 +146,7 @@ class Report:
                 f"{', '.join(self.versions)} watched {len(SCENES)} daemons while simulated servers,"
                 " disks and people did to them what the alerts tell of. Each was seen at"
                 f" Alertmanager. The rules were the shipped ones, {FACTOR} times faster (`for`,"
-                " ranges and intervals; thresholds are as shipped), scraped every second: what"
+                " ranges and intervals; thresholds are as shipped), scraped every {SCRAPE_S} s: what"
                 f" takes 1 s here takes up to {FACTOR} s with the shipped rules. Times are from the"
                 " fault, and from its end. Nothing fired on the daemon whose jobs went well, nor"
                 f" before the first fault. The run took {self.took_s:.0f} s.",

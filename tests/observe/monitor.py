@@ -26,7 +26,7 @@ from tests.endtoend.daemon import end
 
 READY_S: Final = 30.0
 LOOK_S: Final = 0.25
-SCRAPE_S: Final = 1
+SCRAPE_S: Final = 2
 PROGRAMS: Final = {
     "prometheus": ("prometheus",),
     "alertmanager": ("prometheus-alertmanager", "alertmanager"),

@@ -12,6 +12,7 @@ import trio
 
 from comfyd.simulator.faults import HowOften
 from tests.endtoend import graphs
+from tests.observe.monitor import SCRAPE_S
 from tests.observe.stage import Stage
 
 # Long runs are no trouble of their own here: only `silent_prompts` is about those.
@@ -71,7 +72,7 @@ async def daemon_dies(stage: Stage) -> None:
     for _ in range(3):
         await stage.daemon.kill()
         await stage.start_again()
-        await trio.sleep(3)  # it is scraped in each life
+        await trio.sleep(2.5 * SCRAPE_S)  # it is seen in each life
     await again.fires("ComfydRestarting")
     again.ends()
     await again.resolves()
@@ -120,7 +121,7 @@ async def forgotten_drain(stage: Stage) -> None:
         await drain.fires("ComfydServerDraining")
         drain.ends()
         stage.simulator.revive()
-        await trio.sleep(3)  # it is seen to be up
+        await trio.sleep(2.5 * SCRAPE_S)  # it is seen to be up
         await stage.comfyd("resume", "local")
         await drain.resolves()
 
