@@ -145,11 +145,13 @@ class Report:
                 "",
                 f"{', '.join(self.versions)} watched {len(SCENES)} daemons while simulated servers,"
                 " disks and people did to them what the alerts tell of. Each was seen at"
-                f" Alertmanager. The rules were the shipped ones, {FACTOR} times faster (`for`,"
-                f" ranges and intervals; thresholds are as shipped), scraped every {SCRAPE_S} s:"
-                f" what takes 1 s here takes up to {FACTOR} s with the shipped rules. Times are from"
-                " the fault, and from its end. Nothing fired on the daemon whose jobs went well, nor"
-                f" before the first fault. The run took {self.took_s:.0f} s.",
+                " Alertmanager. Nothing fired on the daemon whose jobs went well, nor before the"
+                f" first fault. The run took {self.took_s:.0f} s.",
+                "",
+                f"The rules were the shipped ones, {FACTOR} times faster (`for`, ranges and intervals;"
+                f" thresholds are as shipped), scraped every {SCRAPE_S} s: what takes 1 s here takes"
+                f" up to {FACTOR} s with the shipped rules. Times are from the fault, and from its"
+                " end.",
                 "",
                 *self.table()[:2],
                 *linked,
