@@ -148,10 +148,10 @@ class Report:
                 " Alertmanager. Nothing fired on the daemon whose jobs went well, nor before the"
                 f" first fault. The run took {self.took_s:.0f} s.",
                 "",
-                f"The rules were the shipped ones, {FACTOR} times faster (`for`, ranges and intervals;"
-                f" thresholds are as shipped), scraped every {SCRAPE_S} s: what takes 1 s here takes"
-                f" up to {FACTOR} s with the shipped rules. Times are from the fault, and from its"
-                " end.",
+                f"The rules were the shipped ones, {FACTOR} times faster (`for`, ranges and"
+                f" intervals; thresholds are as shipped), scraped every {SCRAPE_S} s: what takes 1 s"
+                f" here takes up to {FACTOR} s with the shipped rules. Times are from the fault, and"
+                " from its end.",
                 "",
                 *self.table()[:2],
                 *linked,
