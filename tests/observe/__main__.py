@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -30,8 +29,9 @@ from tests.endtoend.daemon import QUICK, ROOT, Daemon
 from tests.observe import boards
 from tests.observe.compress import compressed
 from tests.observe.monitor import LOOK_S, SCRAPE_S, Missing, Monitor, free_port, program
+from tests.observe.report import Report
 from tests.observe.scenes import SCENES, SMALL_DISK_BYTES, Scene
-from tests.observe.stage import Seen, Stage
+from tests.observe.stage import Stage
 
 RULES: Final = ROOT / "grafana" / "rules" / "comfyd.rules.yaml"
 PAGE: Final = ROOT / "docs" / "observed-alerts.md"
@@ -59,7 +59,7 @@ def main() -> int:
     names = ["well", *(name for name in args.only or SCENES if name != "well")]
     with tempfile.TemporaryDirectory(prefix="comfyd-observe-") as home:
         report = trio.run(observe, Path(home), names)
-    problems = report.problems(everything=not args.only)
+    problems = report.problems(set() if args.only else alerts())
     print("\n".join(["", *report.table(), ""]))
     for problem in problems:
         print(f"PROBLEM {problem}")
@@ -72,99 +72,6 @@ def main() -> int:
     return 1 if problems else 0
 
 
-@dataclass
-class Report:
-    """What was seen.
-
-    Attributes:
-      stray: Alerts that came where nothing of the kind was done.
-      empty: Queries of boards without data.
-      answered: How many had some.
-      exemplars: How many came to Prometheus.
-
-    """
-
-    seen: list[Seen]
-    stray: list[str]
-    empty: list[boards.Query]
-    answered: int
-    exemplars: int
-    took_s: float
-    versions: list[str]
-
-    def problems(self, *, everything: bool) -> list[str]:
-        """What is not as it should be, as sentences; less is expected if not all was played."""
-        found = [f"{s.alert} did not fire at {s.stage}" for s in self.seen if s.fired_s is None]
-        found += [
-            f"{s.alert} did not resolve at {s.stage}"
-            for s in self.seen
-            if s.fired_s is not None and s.resolved_s is None
-        ]
-        found += self.stray
-        if not self.exemplars:
-            found.append("no exemplar came to Prometheus")
-        if everything:
-            missing = alerts() - {one.alert for one in self.seen}
-            found += [f"{alert} has no scene" for alert in sorted(missing)]
-            found += [
-                f"the board {query.board} has no data for {query.title}: {query.expr}"
-                for query in self.empty
-                if query[:2] not in boards.RIGHTLY_EMPTY
-            ]
-            without = {query[:2] for query in self.empty}
-            found += [
-                f"the board {board} has data for {title}, though it is listed as rightly empty"
-                for board, title in boards.RIGHTLY_EMPTY.keys() - without
-            ]
-        return found
-
-    def table(self) -> list[str]:
-        lines = ["| alert | fault | fired after | resolved after |", "|---|---|---|---|"]
-        for one in sorted(self.seen, key=lambda each: (each.alert, each.stage)):
-            fired, resolved = (
-                "never" if span_s is None else f"{span_s:.0f} s"
-                for span_s in (one.fired_s, one.resolved_s)
-            )
-            lines.append(f"| {one.alert} | {one.fault} | {fired} | {resolved} |")
-        return lines
-
-    def page(self) -> str:
-        linked = [
-            f"| [{alert}](runbooks/{alert}.md) {rest}"
-            for line in self.table()[2:]
-            for _, alert, rest in [line.split(" ", 2)]
-        ]
-        empty = [
-            f"- {board}, {title}: {why}" for (board, title), why in boards.RIGHTLY_EMPTY.items()
-        ]
-        return "\n".join(
-            [
-                "# Alerts that were seen",
-                "",
-                "Made by a run of `make observe WRITE=1`; do not edit.",
-                "",
-                f"{', '.join(self.versions)} watched {len(SCENES)} daemons while simulated servers,"
-                " disks and people did to them what the alerts tell of. Each was seen at"
-                " Alertmanager. Nothing fired on the daemon whose jobs went well, nor before the"
-                f" first fault. The run took {self.took_s:.0f} s.",
-                "",
-                f"The rules were the shipped ones, {FACTOR} times faster (`for`, ranges and"
-                f" intervals; thresholds are as shipped), scraped every {SCRAPE_S} s: what takes 1 s"
-                f" here takes up to {FACTOR} s with the shipped rules. Times are from the fault, and"
-                " from its end.",
-                "",
-                *self.table()[:2],
-                *linked,
-                "",
-                f"The {self.answered + len(self.empty)} queries of the boards were asked over the"
-                f" whole run: {self.answered} had data"
-                + (", and these had none, rightly:" if empty else "."),
-                *(["", *empty] if empty else []),
-                "",
-            ]
-        )
-
-
 def rules() -> dict[str, Any]:
     shipped: dict[str, Any] = yaml.safe_load(RULES.read_text(encoding="utf-8"))
     return shipped
@@ -172,9 +79,8 @@ def rules() -> dict[str, Any]:
 
 def alerts() -> set[str]:
     """Every alert that is shipped."""
-    return {
-        rule["alert"] for each in rules()["groups"] for rule in each["rules"] if "alert" in rule
-    }
+    every = [rule for group in rules()["groups"] for rule in group["rules"]]
+    return {rule["alert"] for rule in every if "alert" in rule}
 
 
 async def observe(home: Path, names: list[str]) -> Report:
@@ -223,6 +129,9 @@ async def observe(home: Path, names: list[str]) -> Report:
         exemplars=sum("job_id" in each["labels"] for each in exemplars),
         took_s=trio.current_time() - began_s,
         versions=[version("prometheus"), version("alertmanager")],
+        daemons=len(names),
+        factor=FACTOR,
+        scrape_s=SCRAPE_S,
     )
 
 
