@@ -252,7 +252,8 @@ def version(name: str) -> str:
     told = subprocess.run(
         [program(name), "--version"], capture_output=True, text=True, check=True, timeout=20
     )
-    return " ".join((told.stdout or told.stderr).split()[:3:2]).partition("+")[0].capitalize()
+    program_name, _, number, *_ = (told.stdout or told.stderr).replace(",", "").split()
+    return f"{program_name.capitalize()} {number.partition('+')[0]}"
 
 
 def tell(what: str) -> None:
