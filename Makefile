@@ -39,6 +39,11 @@ contract: $(STAMP)  ## Compare the simulator, or a real server (COMFYUI_URL=...)
 explore: $(STAMP)  ## Explore orders of events for longer than the tests do (about 25 minutes)
 	$(BIN)/python -m tests.core.explore
 
+.PHONY: observe
+# WRITE=1 also writes docs/observed-alerts.md. Needs Debian's prometheus and prometheus-alertmanager.
+observe: $(STAMP)  ## Make everything go wrong, and see every alert fire and resolve (about 9 minutes)
+	$(BIN)/python -m tests.observe $(if $(WRITE),--write)
+
 prove: $(STAMP)  ## Kill daemon and servers, lose journals, fill disks, run 10,000 jobs (about 30 minutes)
 	$(BIN)/python -m pytest -s tests/endtoend/prove_kills.py tests/endtoend/prove_server_loss.py \
 		tests/endtoend/prove_many_servers.py tests/endtoend/prove_journal_loss.py \

@@ -48,6 +48,7 @@ class Daemon:
       home: An empty folder.
       servers: The servers' URLs by name; one alone may be given as its URL, and is called local.
       settings: Sections of the configuration; each replaces those keys of QUICK.
+      module: What is run as comfyd.
 
     """
 
@@ -56,8 +57,11 @@ class Daemon:
         home: Path,
         servers: str | Mapping[str, str],
         settings: dict[str, Json] | None = None,
+        *,
+        module: str = "comfyd",
     ) -> None:
         self.home = home
+        self.module = module
         self.spool = Spool(home / "spool")
         self.state = home / "state"
         self.config = home / "comfyd.yaml"
@@ -85,7 +89,7 @@ class Daemon:
         assert self._process is None
         self._log_from = self._log.stat().st_size if self._log.exists() else 0
         self._http = ""
-        command = [sys.executable, "-m", "comfyd", "run", "-c", str(self.config)]
+        command = [sys.executable, "-m", self.module, "run", "-c", str(self.config)]
         with open(self._log, "ab") as log:  # noqa: ASYNC230 - one local open
             self._process = await trio.lowlevel.open_process(
                 command, cwd=ROOT, stdin=-3, stdout=log, stderr=log
