@@ -31,7 +31,7 @@ def main() -> int:
     for jobs, servers, faults, most, scene in LONG:
         began_s = time.monotonic()
         states = explore(jobs, servers, faults, most, scene)
-        which = "any" if len(faults) > 1 else next(iter(faults))
+        which = "any" if len(faults) > 1 else next(iter(faults), "none")
         print(
             f"{len(jobs)} jobs, {len(servers)} servers, {most} faults ({which}):"
             f" {states:,} states in {time.monotonic() - began_s:.0f} s",
