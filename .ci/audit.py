@@ -43,6 +43,8 @@ AUDIT_S: Final = 280.0
 
 OURS: Final = "comfyd"
 PYTHONS: Final = range(11, 16)
+# What a package's own licence file says, where its metadata says nothing.
+_READ: Final = {"promql-parser": "MIT"}
 _FREE: Final = re.compile(r"\b(?:MIT|MIT-0|BSD|Apache|MPL|Mozilla|PSF|ISC)\b")
 _BINDING: Final = re.compile(r"\b(?:A|L)?GPL|General Public", re.IGNORECASE)
 
@@ -136,7 +138,7 @@ def unpinned(
     for name in sorted(wanted):
         if name not in pinned:
             yield f"{name} is needed and not pinned in {PINS.name}"
-        elif installed.get(name) != pinned[name]:
+        elif installed.get(name, "").removeprefix("v") != pinned[name]:
             yield f"{name} is pinned to {pinned[name]}, and {installed.get(name)} is installed"
     for name in sorted(pinned.keys() - wanted - set(elsewhere)):
         yield f"{name} is pinned, and nobody needs it"
@@ -154,6 +156,7 @@ def licence(dist: Distribution) -> str:
 def unfree(licences: Mapping[str, str]) -> Iterator[str]:
     """Licences that were not weighed for a program under MIT."""
     for name, said in sorted(licences.items()):
+        said = _READ.get(name, said) if said == "nothing" else said
         if _BINDING.search(said) or not _FREE.search(said):
             yield f"{name} has a licence to be looked at: {said}"
 

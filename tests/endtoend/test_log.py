@@ -29,7 +29,9 @@ def story(daemon: Daemon, job: str) -> list[str]:
 async def test_every_turn_of_a_job_is_told_once(simulator, tmp_path):
     daemon = Daemon(tmp_path, simulator.url, {"log": {"level": "debug", "format": "json"}})
     config = json.loads(daemon.config.read_text())
-    config["servers"][0]["headers"] = {"Authorization": f"Bearer {SECRET}"}
+    (tmp_path / "token").write_text(f"Bearer {SECRET}")
+    (tmp_path / "token").chmod(0o600)
+    config["servers"][0]["headers"] = {"Authorization": {"file": "token"}}
     daemon.config.write_text(json.dumps(config))
     text = graphs.mixed(0)
     text["12"]["inputs"]["source"] = "a private wish"
