@@ -17,8 +17,10 @@ from comfyd.cli.reading import ask_daemon
 from comfyd.cli.screen import counted, put, put_json, say, size
 from comfyd.config import Config
 from comfyd.errors import SpoolBusy
+from comfyd.journal.copy import check_copy, new_snapshot
 from comfyd.journal.lock import StateLock
 from comfyd.journal.sqlite import open_readonly
+from comfyd.spool.layout import fsync_dir
 from comfyd.web.control_client import DaemonUnreachable
 
 LONG_S: Final = 310.0  # the daemon itself gives a verb up after 300 s
@@ -99,9 +101,10 @@ def _copied_here(config: Config, why: str) -> Path:
             raise Refused(f"there is no journal to copy: {journal} is not there")
         with StateLock(config.state / "lock").acquire_shared():
             reads = open_readonly(journal)
-            path = config.state / f".snapshot-{os.urandom(8).hex()}.db"
+            path = new_snapshot(config.state)
             with contextlib.closing(reads):
                 reads.copy_to(path, lambda: None)
+            check_copy(path)
             return path
     except SpoolBusy:
         raise Unreachable(f"a daemon owns {config.state} but does not answer: {why}") from None
@@ -120,11 +123,7 @@ def _put_there(copy: Path, target: Path) -> None:
             file.flush()
             os.fsync(fd)
         _name(aside, target)
-        folder = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        fsync_dir(target.absolute().parent)
     except FileExistsError:
         raise Refused(f"{target} exists by now; a snapshot replaces nothing") from None
     except OSError as error:

@@ -210,7 +210,7 @@ class Fleet:
 
     def to_restart(self, now_s: float) -> list[tuple[Server, str]]:
         """Servers that answer, are wedged and may be restarted now, and why."""
-        due = [s for s in self.servers.values() if s.up and now_s >= s.restart_s and not s.leaving]
+        due = [s for s in self.servers.values() if s.up and now_s >= s.restart_s]
         return [(server, why) for server in due if (why := self.wedged(server.name, now_s))]
 
     def restart_s(self, now_s: float) -> float:

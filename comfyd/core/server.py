@@ -63,7 +63,9 @@ class Server:
     @property
     def restart_s(self) -> float:
         """From when on it may be restarted; inf if never."""
-        return math.inf if self.restart_every_s is None else self.restarted_s + self.restart_every_s
+        if self.restart_every_s is None or self.leaving:
+            return math.inf
+        return self.restarted_s + self.restart_every_s
 
     @property
     def opens_s(self) -> float:

@@ -16,6 +16,13 @@ from comfyd.journal.schema import WHOLE
 
 _REFUSED: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 PAGES: Final = 256  # in one piece: 1 MiB, about a millisecond in which nobody else has the store
+# Copies that wait in state/ for whoever asked for them to take them away.
+SNAPSHOTS: Final = ".snapshot-"
+
+
+def new_snapshot(state: Path) -> Path:
+    """A path in ``state/`` that no snapshot has."""
+    return state / f"{SNAPSHOTS}{os.urandom(8).hex()}.db"
 
 
 def copy_journal(source: sqlite3.Connection, target: Path, pause: Callable[[], object]) -> None:
@@ -39,11 +46,8 @@ def copy_journal(source: sqlite3.Connection, target: Path, pause: Callable[[], o
                 copy.execute("PRAGMA journal_mode=DELETE")
                 # The spool goes on without the copy: what became of its jobs is to be looked up.
                 copy.execute("DELETE FROM settings WHERE name = ?", (WHOLE,))
-                [(finding,)] = copy.execute("PRAGMA integrity_check(1)")
             except sqlite3.Error as error:
                 raise translate(target, error) from error
-        if finding != "ok":
-            raise JournalError(f"{target}: the copy is damaged: {finding}")
         with open(target, "rb") as file:
             os.fsync(file.fileno())
         sync_folder(target.parent)
@@ -54,3 +58,20 @@ def copy_journal(source: sqlite3.Connection, target: Path, pause: Callable[[], o
     except BaseException:
         target.unlink(missing_ok=True)
         raise
+
+
+def check_copy(target: Path) -> None:
+    """Read the whole copy; it needs nothing of the journal, and may take as long as the copying.
+
+    Raises:
+      JournalError: It is damaged; *target* is removed.
+
+    """
+    try:
+        with closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            [(finding,)] = copy.execute("PRAGMA integrity_check(1)")
+    except sqlite3.Error as error:
+        finding = str(error)
+    if finding != "ok":
+        target.unlink(missing_ok=True)
+        raise JournalError(f"{target}: the copy is damaged: {finding}")

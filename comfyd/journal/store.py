@@ -295,7 +295,8 @@ class Store(Reads, Protocol):
         ...
 
     def copy_to(self, target: Path, pause: Callable[[], object]) -> None:
-        """Copy the journal to the new file *target* (0600), whole and durable; a snapshot.
+        """Copy the journal to the new file *target* (0600), whole and durable; a snapshot, which
+        ``copy.check_copy`` then reads through.
 
         What is committed meanwhile is in it or not, but never in part. Whoever opens it as a
         journal makes it whole from the spool first, for the spool has gone on.

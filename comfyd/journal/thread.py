@@ -13,6 +13,7 @@ import trio
 from comfyd.core.facts import Candidates, Overdue
 from comfyd.core.model import Fence, JobId, Row, State
 from comfyd.core.retention import Bounds, Kept, Past, Place, Tally
+from comfyd.journal.copy import check_copy
 from comfyd.journal.store import Batch, Event, Pruned, Store
 
 P = ParamSpec("P")
@@ -80,20 +81,26 @@ class Journal:
         return await self._call(prune, bounds, now_s, after=after, limit=limit, dry=dry)
 
     async def copy_to(self, target: Path) -> None:
-        """See ``Store.copy_to``; other calls are answered meanwhile, between two pieces."""
+        """A snapshot, read through. Other calls are answered between two pieces of the copying.
+
+        Cancellation: between two pieces, and while it is read through; no whole file may be left.
+
+        """
 
         async def let_others() -> None:
             self._turn.release_on_behalf_of(turn)
-            await self._turn.acquire_on_behalf_of(turn)
+            with trio.CancelScope(shield=True):  # the copy has the store again, whoever is told
+                await self._turn.acquire_on_behalf_of(turn)
+            await trio.lowlevel.checkpoint_if_cancelled()
 
         turn = object()  # the copy has the store, but for its pauses
-        with trio.CancelScope(shield=True):
-            await self._turn.acquire_on_behalf_of(turn)
-            try:
-                pause = partial(trio.from_thread.run, let_others)
-                await trio.to_thread.run_sync(self._store.copy_to, target, pause)
-            finally:
-                self._turn.release_on_behalf_of(turn)
+        await self._turn.acquire_on_behalf_of(turn)
+        try:
+            pause = partial(trio.from_thread.run, let_others)
+            await trio.to_thread.run_sync(self._store.copy_to, target, pause)
+        finally:
+            self._turn.release_on_behalf_of(turn)
+        await trio.to_thread.run_sync(check_copy, target, abandon_on_cancel=True)
 
     async def active(self) -> tuple[Row, ...]:
         return await self._call(self._store.active)

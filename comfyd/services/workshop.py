@@ -12,6 +12,7 @@ from comfyd.core import orders
 from comfyd.core.facts import (
     Answer,
     CollectFailed,
+    Fenced,
     Fetched,
     FetchResult,
     NotSent,
@@ -95,10 +96,16 @@ class Workshop:
             case orders.Restart():
                 self._nursery.start_soon(self._restart, order)
                 return
-            case orders.Fence():  # only given for servers that are configured
-                link = self._links.of(order.fence.server, order.fence.origin)
-                assert link is not None, f"no link for {order}"
-                link.prober.ask(order)
+            case orders.Fence(fence=fence):
+                link = self._links.of(fence.server, fence.origin)
+                if link is None:  # a reload took the server away, which the engine learns next
+                    reason = f"server {fence.server} is not configured"
+                    unknown = Presence.UNKNOWN
+                    self._inbox.put(
+                        Fenced(prompt_id=fence.prompt_id, presence=unknown, reason=reason)
+                    )
+                else:
+                    link.prober.ask(order)
                 return
             case _:
                 pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -12,14 +11,13 @@ import trio
 
 from comfyd.core.present import rfc3339
 from comfyd.errors import JournalError
+from comfyd.journal.copy import SNAPSHOTS, new_snapshot
 from comfyd.journal.thread import Journal
 from comfyd.services.retention import Removed, Retention
 
 Verb = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
 RESULTS_MAX: Final = 10_000  # named in one answer, which then has about a megabyte
-# Copies that wait in state/ for whoever asked for them to take them away.
-SNAPSHOTS: Final = ".snapshot-"
 
 _log: Any = structlog.get_logger("comfyd.upkeep")
 
@@ -58,7 +56,7 @@ class Upkeep:
         """Copy the journal to a new file in ``state/``, for whoever asks to take away."""
         async with self._copying:
             clear(self._state)  # a copy that nobody took
-            path = self._state / f"{SNAPSHOTS}{os.urandom(8).hex()}.db"
+            path = new_snapshot(self._state)
             await self._journal.copy_to(path)
         size = (await trio.Path(path).stat()).st_size
         _log.info("snapshot", bytes=size)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.lowlevel
 
 from comfyd.core.model import JobId, Row, State
 from comfyd.errors import DiskFull, JournalError
@@ -93,6 +94,34 @@ async def test_commits_go_on_between_the_pieces(tmp_path, monkeypatch):
     copy = SqliteStore.open(tmp_path / "copy.db")
     assert 2000 < copy.counts()[State.QUEUED] <= 2000 + committed + 1
     copy.close()
+
+
+async def test_who_is_cancelled_waits_for_one_piece_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(copying, "PAGES", 1)
+    path, target = tmp_path / "state" / "comfyd.db", tmp_path / "copy.db"
+    with trio.fail_after(20):
+        async with Journal(lambda: SqliteStore.open(path)) as journal:
+            await journal.commit(rows(1, 2000))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(journal.copy_to, target)
+                while not target.exists():
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+            assert not target.exists()
+            assert await journal.commit(rows(5000, 1)) == (True,)
+
+
+def test_a_damaged_copy_is_no_copy(store, tmp_path):
+    target = tmp_path / "copy.db"
+    store.copy_to(target, lambda: None)
+    copying.check_copy(target)
+    with open(target, "r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(64 * 4096))
+    with pytest.raises(JournalError, match="damaged"):
+        copying.check_copy(target)
+    assert not target.exists()
+    store.close()
 
 
 def test_nothing_is_replaced(store, tmp_path):

@@ -21,17 +21,22 @@ from comfyd.core.facts import (
     Disconnected,
     Fact,
     Fenced,
+    Presence,
     Probed,
     QueueLooked,
     Token,
 )
-from comfyd.core.model import JobId, Row, ServerName, State, prompt_id_of
+from comfyd.core.model import Fence, JobId, Row, ServerName, State, prompt_id_of
 from comfyd.metrics import Metrics
 from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
 from comfyd.services.link import Users
 from comfyd.services.links import Links
 from comfyd.services.prober import Prober
+from comfyd.services.settings import Settings
+from comfyd.services.space import Space, disks
+from comfyd.services.workshop import Workshop
+from comfyd.spool.layout import Spool
 from tests.services.front import Front
 
 PATIENCE_S = 20
@@ -232,3 +237,17 @@ async def test_what_an_old_link_was_asked_the_new_one_answers(under_way):
             await client.aclose()
         assert {a.token.seq for a in answers if isinstance(a, Probed)} == {1, 2}
         assert new.unanswered() == []
+
+
+async def test_a_fence_on_a_server_that_was_just_taken_away_is_answered(tmp_path, nursery):
+    """The engine may still speak of it: two reloads came faster than it took the first one up."""
+    here = {"b": "url: 'http://127.0.0.1:9'"}
+    rig = Rig(tmp_path, nursery, **here)
+    space = Space(disks(tmp_path, tmp_path, 0), rig.inbox.put)
+    shells = rig.links, Spool(tmp_path), Settings(rig.configured(**here))
+    workshop = Workshop(nursery, *shells, rig.inbox, rig.metrics, Clock(), space)
+    fence = Fence(prompt_id=prompt_id_of(J, 1), job=J, server=ServerName("a"), origin="http://gone")
+    workshop.perform(orders.Fence(fence=fence))
+    (answer,) = [fact for fact in rig.inbox.take() if isinstance(fact, Fenced)]
+    assert (answer.prompt_id, answer.presence) == (fence.prompt_id, Presence.UNKNOWN)
+    await rig.links.aclose()
