@@ -239,15 +239,17 @@ async def test_what_an_old_link_was_asked_the_new_one_answers(under_way):
         assert new.unanswered() == []
 
 
-async def test_a_fence_on_a_server_that_was_just_taken_away_is_answered(tmp_path, nursery):
+async def test_a_fence_on_a_server_that_was_just_taken_away_is_answered(tmp_path):
     """The engine may still speak of it: two reloads came faster than it took the first one up."""
     here = {"b": "url: 'http://127.0.0.1:9'"}
-    rig = Rig(tmp_path, nursery, **here)
-    space = Space(disks(tmp_path, tmp_path, 0), rig.inbox.put)
-    shells = rig.links, Spool(tmp_path), Settings(rig.configured(**here))
-    workshop = Workshop(nursery, *shells, rig.inbox, rig.metrics, Clock(), space)
     fence = Fence(prompt_id=prompt_id_of(J, 1), job=J, server=ServerName("a"), origin="http://gone")
-    workshop.perform(orders.Fence(fence=fence))
-    (answer,) = [fact for fact in rig.inbox.take() if isinstance(fact, Fenced)]
-    assert (answer.prompt_id, answer.presence) == (fence.prompt_id, Presence.UNKNOWN)
+    async with trio.open_nursery() as nursery:
+        rig = Rig(tmp_path, nursery, **here)
+        space = Space(disks(tmp_path, tmp_path, 0), rig.inbox.put)
+        shells = rig.links, Spool(tmp_path), Settings(rig.configured(**here))
+        workshop = Workshop(nursery, *shells, rig.inbox, rig.metrics, Clock(), space)
+        workshop.perform(orders.Fence(fence=fence))
+        (answer,) = [fact for fact in rig.inbox.take() if isinstance(fact, Fenced)]
+        nursery.cancel_scope.cancel()
     await rig.links.aclose()
+    assert (answer.prompt_id, answer.presence) == (fence.prompt_id, Presence.UNKNOWN)
