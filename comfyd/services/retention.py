@@ -208,7 +208,12 @@ class Retention:
         return count.cut
 
     async def _remove(self, place: Place, due: list[Removed], report: Report) -> None:
-        outcomes = await trio.to_thread.run_sync(_removed, self._spool, due)
+        await trio.to_thread.run_sync(removal.sync_claimed, self._spool)
+        # One at a time: a stop waits for no more. What is not noted then is found gone later.
+        outcomes = [
+            (each, await trio.to_thread.run_sync(removal.remove, self._spool, each.kept))
+            for each in due
+        ]
         over = {Removal.REMOVED, Removal.GONE, Removal.FOREIGN}
         await self._drop(each.kept for each, (what, _) in outcomes if what in over)
         went = [each for each, (what, _) in outcomes if what is Removal.REMOVED]
@@ -261,11 +266,6 @@ class Retention:
                 states = [row.state for row, ok in zip(going, done, strict=True) if ok]
                 report.rows += len(states)
                 self._tell(Forgotten(states=tuple(states)))
-
-
-def _removed(spool: Spool, due: Iterable[Removed]) -> list[tuple[Removed, tuple[Removal, str]]]:
-    removal.sync_claimed(spool)
-    return [(each, removal.remove(spool, each.kept)) for each in due]
 
 
 def _not_lying(spool: Spool, rows: Iterable[Row]) -> list[Row]:
