@@ -420,7 +420,7 @@ class Engine:
             self._step(self._awake(row, now_s, u), purpose, now_s, u)
             if asleep and row.job not in self._pending.dirty:
                 self._remove(row.job)  # it had no effect: the journal is where it belongs
-                self._ahead.missed()
+                self._ahead.missed(row)
 
     def _overdue(self, fact: Overdue, now_s: float, u: float) -> None:
         """Queued rows whose time to start has run out."""

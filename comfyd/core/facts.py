@@ -231,9 +231,11 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """Answer to Refill: the next due rows, best first, and when the next delayed one is due."""
+    """Answer to Refill: the next due rows, best first, and when the next delayed one, refused or
+    not, is due."""
 
     rows: tuple[Row, ...]
+    refused: bool = False
     next_due_s: float | None = None
 
 

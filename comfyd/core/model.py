@@ -279,3 +279,8 @@ class Row(Value, frozen=True):
     ended_at: float | None = None
     published_at: float | None = None
     retired: bool = False
+
+    @property
+    def refused(self) -> bool:
+        """Whether some server has said no to it."""
+        return bool(self.verdicts)

@@ -111,9 +111,11 @@ class Expire:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refill:
-    """Read the next *count* queued rows from the journal. Answer: Candidates."""
+    """Read the next *count* queued rows from the journal, of those that no server has refused, or
+    of those that some has. Answer: Candidates."""
 
     count: int
+    refused: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,12 +119,13 @@ class MemoryStore:
         rows = self.rows_by_job.values()
         return _by_seq(row for row in rows if row.state not in waiting and not row.retired)
 
-    def candidates(self, count: int, now_s: float) -> Candidates:
+    def candidates(self, count: int, now_s: float, *, refused: bool) -> Candidates:
         queued = [row for row in self.rows_by_job.values() if row.state is State.QUEUED]
-        due = [row for row in queued if row.not_before <= now_s]
+        due = [row for row in queued if row.not_before <= now_s and row.refused == refused]
         due.sort(key=lambda row: (-row.priority, row.seq))
         later = (row.not_before for row in queued if row.not_before > now_s)
-        return Candidates(rows=tuple(due[:count]), next_due_s=min(later, default=None))
+        next_due_s = min(later, default=None)
+        return Candidates(rows=tuple(due[:count]), refused=refused, next_due_s=next_due_s)
 
     def overdue(self, count: int, now_s: float) -> Overdue:
         limited = [

@@ -137,19 +137,34 @@ _VERSION_3: Final = (
 )
 
 # Entry n turns version n into n + 1. Entries are never changed once released, only added.
-MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3)
+_VERSION_4: Final = (
+    # Whether a server has refused it: such jobs, however many, are passed over where nobody is left
+    # to try them yet.
+    "ALTER TABLE jobs ADD COLUMN refused INTEGER NOT NULL DEFAULT 0",
+    """
+    UPDATE jobs SET refused = 1
+    WHERE state = 'queued' AND json_array_length(CAST(data AS TEXT), '$.verdicts') > 0
+    """,
+    "DROP INDEX queue",
+    """
+    CREATE INDEX queue ON jobs (refused, priority DESC, seq, not_before) WHERE state = 'queued'
+    """,
+)
+
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
 VERSION: Final = len(MIGRATIONS)
 
 # --- changes --------------------------------------------------------------------------------------
 
 INSERT: Final = """
   INSERT OR IGNORE INTO jobs (state, version, priority, not_before, claimed_at, retired, key,
-                              server, prompt_id, queue_by, data, crc, seq, job)
-  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                              server, prompt_id, queue_by, refused, data, crc, seq, job)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 UPDATE: Final = """
   UPDATE jobs SET state = ?, version = ?, priority = ?, not_before = ?, claimed_at = ?,
-                  retired = ?, key = ?, server = ?, prompt_id = ?, queue_by = ?, data = ?, crc = ?
+                  retired = ?, key = ?, server = ?, prompt_id = ?, queue_by = ?, refused = ?,
+                  data = ?, crc = ?
   WHERE seq = ? AND job = ?
 """
 ALIAS: Final = """
@@ -189,7 +204,8 @@ UNNAME: Final = "DELETE FROM names WHERE job = ?"
 # --- questions: each is answered from an index, in its order, without a scan or a sort ------------
 
 CANDIDATES: Final = """
-  SELECT data FROM jobs INDEXED BY queue WHERE state = 'queued' AND not_before <= ?
+  SELECT data FROM jobs INDEXED BY queue
+  WHERE state = 'queued' AND refused = ? AND not_before <= ?
   ORDER BY priority DESC, seq LIMIT ?
 """
 NEXT_DUE: Final = """

@@ -241,10 +241,11 @@ class SqliteStore:
     def active(self) -> tuple[Row, ...]:
         return self._rows(schema.ACTIVE)
 
-    def candidates(self, count: int, now_s: float) -> Candidates:
+    def candidates(self, count: int, now_s: float, *, refused: bool) -> Candidates:
         later = self._fetch(schema.NEXT_DUE, now_s)
         return Candidates(
-            rows=self._rows(schema.CANDIDATES, now_s, count),
+            rows=self._rows(schema.CANDIDATES, refused, now_s, count),
+            refused=refused,
             next_due_s=later[0][0] if later else None,
         )
 
@@ -411,6 +412,7 @@ class SqliteStore:
             row.server,
             row.prompt_id,
             row.queue_by,
+            row.refused,
             data,
             zlib.crc32(data),
             row.seq,

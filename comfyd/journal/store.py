@@ -157,8 +157,10 @@ class Reads(Protocol):
         """Every row that waits for something of ours, by seq: not queued, not held, not retired."""
         ...
 
-    def candidates(self, count: int, now_s: float) -> Candidates:
+    def candidates(self, count: int, now_s: float, *, refused: bool) -> Candidates:
         """The next *count* queued rows due at *now_s* (UTC, from 0), and when another one will be.
+
+        Only those that some server has refused, or only those that none has.
 
         Highest priority first, then by seq.
         """

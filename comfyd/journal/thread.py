@@ -105,8 +105,8 @@ class Journal:
     async def active(self) -> tuple[Row, ...]:
         return await self._call(self._store.active)
 
-    async def candidates(self, count: int, now_s: float) -> Candidates:
-        return await self._call(self._store.candidates, count, now_s)
+    async def candidates(self, count: int, now_s: float, *, refused: bool) -> Candidates:
+        return await self._call(partial(self._store.candidates, count, now_s, refused=refused))
 
     async def overdue(self, count: int, now_s: float) -> Overdue:
         return await self._call(self._store.overdue, count, now_s)

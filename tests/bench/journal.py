@@ -86,9 +86,9 @@ def run(folder: Path, rows: int) -> None:
     took_s = time.perf_counter() - before_s
     print(f"arrivals, 256 a commit:  {rows / took_s:,.0f} rows/s")
     for size, jobs in ((1, 2000), (16, 4000), (256, 20_000)):
-        report_commits(store, store.candidates(jobs, 2e9).rows, size)
+        report_commits(store, store.candidates(jobs, 2e9, refused=False).rows, size)
     now_s = 2e9
-    report_call("candidates(256)", lambda: store.candidates(256, now_s))
+    report_call("candidates(256)", lambda: store.candidates(256, now_s, refused=False))
     report_call("counts()", store.counts)
     report_call("oldest(queued)", lambda: store.oldest(State.QUEUED))
     report_call("rows(limit=100)", lambda: store.rows(limit=100))

@@ -230,10 +230,12 @@ class World:
     def read(self, order: orders.Read) -> facts.Fact:
         queued = [r for r in self.store.values() if r.state is State.QUEUED]
         match order:
-            case orders.Refill():
+            case orders.Refill(refused=refused):
                 later = [r.not_before for r in queued if r.not_before > self.now_s]
-                due = sorted((r for r in queued if r.not_before <= self.now_s), key=lambda r: r.seq)
-                return facts.Candidates(rows=tuple(due), next_due_s=min(later, default=None))
+                due = [r for r in queued if r.not_before <= self.now_s and r.refused == refused]
+                rows = tuple(sorted(due, key=lambda r: r.seq))
+                next_due_s = min(later, default=None)
+                return facts.Candidates(rows=rows, refused=refused, next_due_s=next_due_s)
             case orders.Expire():
                 by = {r.job: r.queue_by for r in queued if r.queue_by is not None}
                 late = tuple(r for r in queued if by.get(r.job, math.inf) <= self.now_s)

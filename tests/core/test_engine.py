@@ -12,6 +12,7 @@ from comfyd.core import facts, model, orders
 from comfyd.core.engine import LOOK_AHEAD, Batch, Engine
 from comfyd.core.facts import Hint, Presence, Sign, Token
 from comfyd.core.job import Ask
+from comfyd.core.lookahead import REFUSED_AHEAD
 from comfyd.core.model import JobId, PromptId, Record, Row, ServerName, Staged, State, prompt_id_of
 from comfyd.core.notes import Note
 from comfyd.core.policy import Policy
@@ -100,12 +101,14 @@ class Rig:
                 late = tuple(r for r in queued if by.get(r.job, math.inf) <= self.now_s)
                 after = min((at for at in by.values() if at > self.now_s), default=None)
                 return facts.Overdue(rows=late, next_s=after)
-            case orders.Refill(count=count):
-                due = [r for r in queued if r.not_before <= self.now_s]
+            case orders.Refill(count=count, refused=refused):
+                due = [r for r in queued if r.not_before <= self.now_s and r.refused == refused]
                 due.sort(key=lambda r: (-r.priority, r.seq))
                 later = [r.not_before for r in queued if r.not_before > self.now_s]
                 return facts.Candidates(
-                    rows=tuple(due[:count]), next_due_s=min(later, default=None)
+                    rows=tuple(due[:count]),
+                    refused=refused,
+                    next_due_s=min(later, default=None),
                 )
 
     def drop(self, *names: str, **row: object) -> list[orders.JobOrder]:
@@ -314,14 +317,18 @@ def test_a_job_that_is_sent_alone_gets_a_server_of_its_own_in_time():
     assert names(rig.given) == ["x", "y", "more-0", "more-1"]
 
 
-def finish(rig: Rig, name: str) -> None:
-    attempt = rig.store[JobId(name)].attempt
-    if rig.engine.jobs[JobId(name)].row.state is State.SUBMITTING:
+def finish(rig: Rig, name: str) -> list[orders.JobOrder]:
+    """Its server takes it and runs it, and a look into the history says so."""
+    row = rig.engine.jobs[JobId(name)].row
+    if row.state is State.SUBMITTING:
         rig.accept(name)
-    rig.tell(Hint(server=A, prompt_id=prompt_id_of(JobId(name), attempt), sign=Sign.ENDED))
+    assert row.server is not None
+    assert row.prompt_id is not None
+    rig.tell(Hint(server=row.server, prompt_id=row.prompt_id, sign=Sign.ENDED))
     record = msgspec.convert({"end": "success"}, Record)
-    fetched = facts.Fetched(token=rig.token(name), result=facts.FetchResult.FOUND, record=record)
-    rig.tell(fetched)
+    return rig.tell(
+        facts.Fetched(token=rig.token(name), result=facts.FetchResult.FOUND, record=record)
+    )
 
 
 def test_the_queue_in_memory_is_bounded_and_refilled_in_order():
@@ -336,6 +343,35 @@ def test_the_queue_in_memory_is_bounded_and_refilled_in_order():
         given = rig.tell(facts.Rejected(token=rig.token(sent[-1]), message="no"))
         sent += names(given)
     assert sent == [f"j{i:05}" for i in range(total)]
+
+
+def test_jobs_that_wait_for_the_only_server_left_hide_no_others():
+    rig = Rig(1, 1)
+    total = LOOK_AHEAD + 2 * REFUSED_AHEAD
+    rig.drop("easy", "long")  # on A and B
+    rig.accept("easy", "long")
+    for at in range(0, total, 200):
+        rig.drop(*(f"hard-{i:04}" for i in range(at, min(at + 200, total))))
+    rig.drop(*(f"easy-{i}" for i in range(5)))
+    given = names(finish(rig, "easy"))
+    for i in range(total):  # A lacks what these need
+        assert given == [f"hard-{i:04}"]
+        given = names(rig.tell(facts.Rejected(token=rig.token(given[0]), message="no")))
+    for i in range(5):
+        assert given == [f"easy-{i}"]
+        given = names(finish(rig, given[0]))
+    assert given == []
+    assert len(rig.engine.jobs) <= REFUSED_AHEAD + 10
+    given = names(finish(rig, "long"))
+    for i in range(total):  # and B, at last, takes one after the other, but for every second
+        assert given == [f"hard-{i:04}"]
+        if i % 2:
+            given = names(rig.tell(facts.Rejected(token=rig.token(given[0]), message="no")))
+            assert rig.store[JobId(f"hard-{i:04}")].state is State.COLLECTING
+        else:
+            given = names(finish(rig, given[0]))
+    assert given == []
+    assert rig.engine.counts[State.QUEUED] == 0
 
 
 def test_a_delayed_row_comes_back_when_it_is_due():

@@ -19,9 +19,11 @@ from comfyd.core.model import (
     Reason,
     Record,
     Row,
+    ServerName,
     Source,
     Staged,
     State,
+    Verdict,
     prompt_id_of,
 )
 from comfyd.core.retention import Bounds, Kept, Place
@@ -82,6 +84,11 @@ outcomes = st.builds(
 )
 
 
+verdicts = st.builds(
+    Verdict, server=st.just(ServerName("local")), origin=st.just("http://x"), outcome=outcomes
+)
+
+
 @st.composite
 def rows(draw, jobs=JOBS):
     """Any row at all: what is plausible is the core's business, not the store's."""
@@ -103,6 +110,7 @@ def rows(draw, jobs=JOBS):
         attempt=attempt,
         prompt_id=prompt_id_of(chosen, attempt) if attempt else None,
         abandoned=(("local", "http://x", prompt_id_of(chosen, 1)),) if abandoned else (),
+        verdicts=tuple(draw(st.lists(verdicts, max_size=1))),
         why=draw(st.none() | outcomes),
         record=draw(st.none() | records),
         staged=draw(st.none() | st.just(Staged(manifest_sha256="00", outputs=1))),
@@ -260,7 +268,9 @@ class Conformance(RuleBasedStateMachine):
         model = self.model
         assert store.active() == model.active()
         for now_s in (*TIMES, 15.0):
-            assert store.candidates(2, now_s) == model.candidates(2, now_s)
+            for refused in (False, True):
+                ours = store.candidates(2, now_s, refused=refused)
+                assert ours == model.candidates(2, now_s, refused=refused)
             assert store.overdue(2, now_s) == model.overdue(2, now_s)
         assert store.fences() == model.fences()
         assert store.remembered() == model.remembered()

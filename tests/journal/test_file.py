@@ -241,9 +241,10 @@ def test_a_row_written_before_a_field_existed_reads_with_its_default(path):
 
 def test_a_journal_of_version_1_becomes_one_of_today_with_its_jobs_and_fences(path):
     given_up = [["local", "http://x", "p-1"], ["other", "http://y", "p-2"]]
+    refusal = {"server": "local", "origin": "http://x", "outcome": {"state": "failed"}}
     jobs = [
         {"job": "fox.01A", "seq": 1, "metadata": {"name": "f\u00fcchs\0"}},
-        {"job": "wolf.01B", "seq": 2, "attempt": 3, "abandoned": given_up},
+        {"job": "wolf.01B", "seq": 2, "attempt": 3, "abandoned": given_up, "verdicts": [refusal]},
         {"job": "bear.01C", "seq": 3, "abandoned": [["local", "http://x", "p-0"], given_up[0]]},
     ]
     path.parent.mkdir()
@@ -276,7 +277,8 @@ def test_a_journal_of_version_1_becomes_one_of_today_with_its_jobs_and_fences(pa
         open_readonly(path)
 
     store = SqliteStore.open(path)
-    fox, wolf, bear = store.candidates(9, 0.0).rows
+    fox, bear = store.candidates(9, 0.0, refused=False).rows
+    (wolf,) = store.candidates(9, 0.0, refused=True).rows
     assert (fox.job, fox.metadata) == ("fox.01A", {"name": "f\u00fcchs\0"})
     assert wolf.abandoned == tuple(map(tuple, given_up))
     fences = [("p-1", wolf, "local", "http://x"), ("p-2", wolf, "other", "http://y")]

@@ -4,14 +4,18 @@ import sqlite3
 
 import pytest
 
-from comfyd.core.model import JobId, Row, State
+from comfyd.core.model import JobId, Outcome, Row, ServerName, State, Verdict
 from comfyd.core.retention import Kept, Place
 from comfyd.journal import schema
 from comfyd.journal.sqlite import SqliteStore
 from comfyd.journal.store import Batch, Change, Event, Insert, Keep
 
+REFUSALS = (
+    Verdict(server=ServerName("a"), origin="http://a", outcome=Outcome(state=State.FAILED)),
+)
 QUESTIONS = {
-    "candidates": (schema.CANDIDATES, (50.0, 100)),
+    "candidates": (schema.CANDIDATES, (False, 50.0, 100)),
+    "refused candidates": (schema.CANDIDATES, (True, 50.0, 100)),
     "next due": (schema.NEXT_DUE, (50.0,)),
     "overdue": (schema.OVERDUE, (50.0, 100)),
     "next deadline": (schema.NEXT_DEADLINE, (50.0,)),
@@ -53,6 +57,7 @@ def journal_of(path, jobs):
             # All of them wait for ever or for long, but for a few.
             queue_by=float(seq if seq < 50 else 10_000 + seq) if seq % 2 else None,
             key=f"key-{seq}" if seq % 10 == 7 else None,
+            verdicts=REFUSALS if seq % 7 == 0 else (),
             state=State.SUBMITTED if seq in (1, jobs) else State.QUEUED,
         )
         for seq in range(1, jobs + 1)

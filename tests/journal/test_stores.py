@@ -3,7 +3,18 @@
 import msgspec
 import pytest
 
-from comfyd.core.model import Fence, JobId, Outcome, Row, ServerName, Staged, State, prompt_id_of
+from comfyd.core.model import (
+    Fence,
+    JobId,
+    Outcome,
+    Reason,
+    Row,
+    ServerName,
+    Staged,
+    State,
+    Verdict,
+    prompt_id_of,
+)
 from comfyd.core.retention import Bounds, Kept, Past, Place, Tally
 from comfyd.journal.memory import MemoryStore
 from comfyd.journal.sqlite import SqliteStore
@@ -144,13 +155,36 @@ def test_candidates_come_by_priority_then_arrival_when_they_are_due(store):
     store.commit(Batch(changes=tuple(Insert(row=row) for row in (*rows, held))))
 
     def seqs(count, now_s):
-        answer = store.candidates(count, now_s)
+        answer = store.candidates(count, now_s, refused=False)
         return [row.seq for row in answer.rows], answer.next_due_s
 
     assert seqs(9, 0.0) == ([2, 1, 5], 10.0)
     assert seqs(2, 5.0) == ([2, 1], 10.0)
     assert seqs(9, 10.0) == ([2, 1, 3, 5], 20.0)
     assert seqs(9, 30.0) == ([6, 2, 4, 1, 3, 5], None)
+
+
+def test_candidates_that_a_server_refused_are_asked_for_apart(store):
+    said = (
+        Verdict(
+            server=ServerName("a"),
+            origin="http://a",
+            outcome=Outcome(state=State.FAILED, reason=Reason.REJECTED),
+        ),
+    )
+    rows = [Row(job=JobId(f"job.{seq}"), seq=seq, priority=int(seq == 3)) for seq in range(1, 5)]
+    store.commit(Batch(changes=tuple(Insert(row=row) for row in rows)))
+    for row in rows[1:3]:
+        after = msgspec.structs.replace(row, version=1, verdicts=said)
+        store.commit(Batch(changes=(Update(row=after, expected=0),)))
+
+    def seqs(*, refused):
+        answer = store.candidates(9, 0.0, refused=refused)
+        assert answer.refused == refused
+        return [row.seq for row in answer.rows]
+
+    assert seqs(refused=False) == [1, 4]
+    assert seqs(refused=True) == [3, 2]
 
 
 def test_what_waits_past_its_deadline_comes_earliest_first(store):

@@ -45,7 +45,7 @@ async def test_it_answers_as_its_store_does(path, inline):
         assert len(took_s) == 1
         assert 0 <= took_s[0] < 60
         assert await journal.active() == ()
-        assert (await journal.candidates(3, 10.0)).rows == (FOX,)
+        assert (await journal.candidates(3, 10.0, refused=False)).rows == (FOX,)
         assert (await journal.overdue(3, 10.0)).rows == ()
         assert await journal.fences() == ()
         assert await journal.remembered() == {"paused": True}

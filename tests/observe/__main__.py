@@ -140,10 +140,9 @@ def daemon(scene: Scene, home: Path, url: str, address: str) -> Daemon:
     for section, values in scene.settings.items():
         settings[section] = {**QUICK.get(section, {}), **values}
     made = Daemon(home, url, settings, module=scene.module)
-    if scene.window is not None:
-        document = json.loads(made.config.read_text())
-        document["servers"][0]["window"] = scene.window
-        made.config.write_text(json.dumps(document, indent=1))
+    document = json.loads(made.config.read_text())
+    document["servers"][0].update(scene.server)
+    made.config.write_text(json.dumps(document, indent=1))
     return made
 
 

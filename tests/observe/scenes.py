@@ -19,6 +19,7 @@ from tests.observe.stage import Stage
 PATIENT: Final = {"audit": {"stale_after": "10m"}}
 SMALL_DISK_BYTES: Final = 64 << 20
 KEEP_BYTES: Final = 8 << 20
+NO_UNIT: Final = "comfyd-observe-none.service"  # tried in vain
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Scene:
     also: Alerts that may fire besides those that the scene waits for: they tell of the same fault.
     settings: Of its daemon.
     module: What is run as comfyd.
-    window: Prompts kept on its server; None is auto.
+    server: What its daemon is told of its server.
     small_disk: The spool lies on a disk of its own of SMALL_DISK_BYTES.
     """
 
@@ -37,7 +38,7 @@ class Scene:
     also: frozenset[str] = frozenset()
     settings: Mapping[str, Any] = field(default_factory=dict)
     module: str = "comfyd"
-    window: int | None = None
+    server: Mapping[str, Any] = field(default_factory=dict)
     small_disk: bool = False
 
 
@@ -310,19 +311,23 @@ async def full_disk(stage: Stage) -> None:
 
 # The first goes on for as long as the others.
 SCENES: Final = {
-    "well": Scene(all_is_well),
+    "well": Scene(all_is_well, settings={"retention": {"done": {"count": 20}}}),
     "daemon": Scene(daemon_dies),
     "config": Scene(broken_configuration),
     "paused": Scene(forgotten_pause),
     "drained": Scene(forgotten_drain),
     "down": Scene(server_dies),
-    "wedged": Scene(worker_dies, frozenset({"ComfydNoServerUsable"}), PATIENT),
+    "wedged": Scene(
+        worker_dies, frozenset({"ComfydNoServerUsable"}), PATIENT, server={"restart_unit": NO_UNIT}
+    ),
     "deaf": Scene(stalled_publisher, frozenset({"ComfydSocketFlapping"}), PATIENT),
     "refuses": Scene(no_websocket),
     "silent": Scene(lost_end_signals, settings=PATIENT),
     "flaps": Scene(bad_line),
     "history": Scene(history_fails, frozenset({"ComfydCompletionLatencyHigh"}), PATIENT),
-    "slow": Scene(slow_server, settings=PATIENT, window=16),  # or too few would end to tell
+    "slow": Scene(
+        slow_server, settings=PATIENT, server={"window": 16}
+    ),  # or too few would end to tell
     "crashes": Scene(crashing_server, frozenset({"ComfydSocketFlapping"}), PATIENT),
     "outputs": Scene(
         outputs_vanish, frozenset({"ComfydAttemptsLost", "ComfydCompletionLatencyHigh"})

@@ -374,7 +374,8 @@ async def test_a_queue_longer_than_memory_is_held_and_released(autojump_clock: M
             assert len(told) == count
             assert all(ok for _, ok, _ in told)
             assert len(rig.engine.jobs) <= LOOK_AHEAD + 100
-            assert len(rig.engine._ahead._heap) <= 3 * LOOK_AHEAD  # entries that are outdated, too
+            fresh, _ = rig.engine._ahead._shelves
+            assert len(fresh.heap) <= 3 * LOOK_AHEAD  # entries that are outdated, too
         assert rig.store.counts()[State.HELD] == count
         assert rig.engine.counts[State.HELD] == count
 
