@@ -213,7 +213,9 @@ async def _run(
     if crashed:
         _log.warning("recovering", jobs=len(active))
     reap = partial(delivery.reap, spool, {row.job for row in active})
-    await _when_there_is_space(partial(trio.to_thread.run_sync, reap))
+    problems = await _when_there_is_space(partial(trio.to_thread.run_sync, reap))
+    for problem in problems[:10]:
+        _log.warning("not_removed", problem=problem)
     remembered = await journal.remembered()
     engine.load(
         active,

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import pwd
+import shlex
 import shutil
 import socket
 import stat
@@ -23,7 +24,7 @@ import trio
 from comfyd import __version__
 from comfyd.cli.exits import Refused
 from comfyd.cli.reading import ANSWER_S, ask_daemon
-from comfyd.cli.screen import size
+from comfyd.cli.screen import counted, size
 from comfyd.config import Config, Server
 from comfyd.core.wire.stats import version_verdict
 from comfyd.errors import ComfydError, ConfigError, ServerError, SpoolBusy
@@ -32,6 +33,7 @@ from comfyd.journal.sqlite import open_readonly
 from comfyd.services.link import client_of
 from comfyd.services.space import INODES, JOURNAL_BYTES
 from comfyd.spool.layout import MODES, Spool, free_bytes
+from comfyd.spool.removal import REMOVED
 from comfyd.spool.watcher import why_no_events
 from comfyd.web.control_client import DaemonUnreachable
 
@@ -81,6 +83,7 @@ def everything(config: Config) -> Iterator[Finding]:
     status, daemon = _daemon(config)
     yield from daemon
     yield from _checked("spool", lambda: _spool(config, running=status is not None))
+    yield from _leftovers(Spool(config.spool))
     yield from _checked("state", lambda: _state(config, running=status is not None))
     yield from _checked("spool disk", lambda: _file_system(config, "spool disk", config.spool))
     yield from _checked("state disk", lambda: _file_system(config, "state disk", config.state))
@@ -215,6 +218,17 @@ def _spool(config: Config, *, running: bool) -> Iterator[Finding]:
         yield problem(subject, f"A job could not be moved through it: {error}.", remedy)
     else:
         yield ok(subject, "A job can be moved through it.")
+
+
+def _leftovers(spool: Spool) -> Iterator[Finding]:
+    """Results that retention put aside and could not empty."""
+    if os.access(spool.stage, os.R_OK | os.X_OK):
+        left = sorted(spool.stage.glob(f".*{REMOVED}"))
+        if left:
+            what = f"Something is left in stage/ of {counted(len(left), 'removed result')}."
+            more = " ..." if len(left) > 3 else ""
+            names = " ".join(shlex.quote(str(path)) for path in left[:3])
+            yield warning("spool", what, f"As root, run: rm -rf {names}{more}")
 
 
 def _run_of(sentence: str) -> str:

@@ -214,7 +214,7 @@ class Retention:
             (each, await trio.to_thread.run_sync(removal.remove, self._spool, each.kept))
             for each in due
         ]
-        over = {Removal.REMOVED, Removal.GONE, Removal.FOREIGN}
+        over = {Removal.REMOVED, Removal.LEFT, Removal.GONE, Removal.FOREIGN}
         await self._drop(each.kept for each, (what, _) in outcomes if what in over)
         went = [each for each, (what, _) in outcomes if what is Removal.REMOVED]
         report.add(went)

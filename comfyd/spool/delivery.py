@@ -23,6 +23,7 @@ from comfyd.errors import JobFileError
 from comfyd.spool import bundle
 from comfyd.spool.layout import (
     Spool,
+    cleared,
     extension_of,
     fsync_dir,
     full_disk_told,
@@ -319,7 +320,7 @@ def retire(spool: Spool, row: Row) -> str:
         return ""
     aside = path.with_name(f".{path.name}{_RETIRED}")
     if aside.exists():
-        _cleared(aside)
+        cleared(aside)
     try:
         with full_disk_told():
             path.rename(aside)
@@ -327,52 +328,48 @@ def retire(spool: Spool, row: Row) -> str:
         left = error.strerror or str(error)
     else:
         fsync_dir(spool.claimed)
-        left = _cleared(aside)
+        left = cleared(aside)
     return f"claimed/{row.payload} could not be removed: {left}" if left else ""
 
 
-def _cleared(folder: Path) -> str:
-    """Remove a folder that its producer may still change; why it is there still, if it is."""
-    try:
-        shutil.rmtree(folder)
-    except RecursionError:
-        return "it is nested too deeply"
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
-
-
-def reap(spool: Spool, active_jobs: Container[JobId]) -> list[JobId]:
+def reap(spool: Spool, active_jobs: Container[JobId]) -> list[str]:
     """At start: remove stages of jobs that are not active, and what else a crash left half-done.
 
     A payload in a stage goes back to ``claimed/``.
 
     Returns:
-      The jobs whose stages were removed.
+      A sentence for the log about each that is left: a start does without.
 
     Raises:
       DiskFull: The disk takes no changes now.
 
     """
     tidy(spool)
-    for entry in os.listdir(spool.claimed):
-        if entry.startswith(".") and entry.endswith(_RETIRED):
-            _cleared(spool.claimed / entry)
-    reaped = []
-    with full_disk_told():
-        for entry in sorted(os.listdir(spool.stage)):
-            job = JobId(entry)
-            if job in active_jobs:
+    done_with = [
+        spool.claimed / entry
+        for entry in os.listdir(spool.claimed)
+        if entry.startswith(".") and entry.endswith(_RETIRED)
+    ]
+    problems = []
+    for entry in sorted(os.listdir(spool.stage)):
+        if entry in active_jobs:
+            continue
+        path = spool.stage / entry
+        payload = path / PAYLOAD
+        # What begins with a dot is a copy, or a result that was being removed: its job is over.
+        if not entry.startswith(".") and not path.is_symlink() and os.path.lexists(payload):
+            try:
+                with full_disk_told():
+                    payload.rename(spool.claimed / f"{entry}.json")
+                    fsync_dir(spool.claimed)
+            except OSError as error:  # such as when its producer took us the right to
+                problems.append(f"{payload} cannot be moved: {error.strerror}")
                 continue
-            path = spool.stage / entry
-            payload = path / PAYLOAD
-            # What begins with a dot is a copy, or a result that was being removed: its job is over.
-            if not entry.startswith(".") and not path.is_symlink() and os.path.lexists(payload):
-                payload.rename(spool.claimed / f"{job}.json")
-                fsync_dir(spool.claimed)
-            _wipe(path)
-            reaped.append(job)
-    return reaped
+        done_with.append(path)
+    for path in done_with:
+        if left := cleared(path):
+            problems.append(f"{path} is left: {left}; remove it as root")
+    return problems
 
 
 def _wipe(path: Path) -> None:

@@ -1,20 +1,19 @@
 """Results that are removed: whole folders, aside by one rename and then away. Blocking.
 
-Nothing partial is ever seen in ``done/`` or ``failed/``. What a crash leaves aside is cleared away
-at the next start (`delivery.reap`).
+Nothing partial is ever seen in ``done/`` or ``failed/``. What is left aside, by a crash or because
+we may not empty it, is tried again at the next start (`delivery.reap`).
 """
 
 from __future__ import annotations
 
 import enum
 import os
-import shutil
 from collections.abc import Iterable
 from typing import Final
 
 from comfyd.core.model import JobId, Row
 from comfyd.core.retention import Kept
-from comfyd.spool.layout import Spool, fsync_dir, full_disk_told, open_dir
+from comfyd.spool.layout import Spool, cleared, fsync_dir, full_disk_told, open_dir
 
 # Ends the name, which begins with a dot, of a result that is being removed, under stage/.
 REMOVED: Final = ".removed"
@@ -24,6 +23,7 @@ class Removal(enum.Enum):
     """What became of a result that was to go."""
 
     REMOVED = "removed"
+    LEFT = "left"  # out of sight, but still on the disk
     GONE = "gone"  # a consumer had taken it
     CLAIMED = "claimed"  # what was submitted is still in claimed/: its job is not done with
     FOREIGN = "foreign"  # no folder: not made by us, and left
@@ -73,11 +73,8 @@ def remove(spool: Spool, kept: Kept) -> tuple[Removal, str]:
     finally:
         os.close(place_fd)
         os.close(stage_fd)
-    try:
-        with full_disk_told():
-            shutil.rmtree(spool.stage / aside)
-    except OSError as error:  # gone from sight; what is left is tried again at the next start
-        return Removal.REMOVED, f"{spool.stage / aside} is left: {error.strerror}"
+    if left := cleared(spool.stage / aside):
+        return Removal.LEFT, f"{spool.stage / aside} is left: {left}; remove it as root"
     return Removal.REMOVED, ""
 
 

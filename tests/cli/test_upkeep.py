@@ -217,6 +217,16 @@ def test_doctor_finds_a_spool_that_others_may_write(site: Site):
     assert os.listdir(site.spool.done) == []
 
 
+def test_doctor_finds_what_retention_could_not_empty(site: Site):
+    left = site.spool.stage / ".fox.01A.removed"
+    left.mkdir()
+    _, out, _ = site("doctor", "--json")
+    (level, what, remedy) = findings(out)["spool"][-1]
+    assert level == "warning"
+    assert what == "Something is left in stage/ of 1 removed result."
+    assert remedy == f"As root, run: rm -rf {left}"
+
+
 def test_doctor_tells_a_stale_socket_from_a_daemon_that_hangs(site: Site):
     state = site.home / "state"
     state.mkdir(mode=0o700)

@@ -54,6 +54,17 @@ def humble_spool() -> Iterator[Spool]:
         shutil.rmtree(parent)
 
 
+def nest(folder: Path, levels: int = 1200) -> None:
+    """Nest folders in *folder*, deeper than Python likes."""
+    fd = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("d", dir_fd=fd)
+        inner = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(fd)
+
+
 MakeIntake = Callable[..., Intake]
 
 

@@ -25,7 +25,7 @@ from comfyd.spool.claimedfile import read_claim
 from comfyd.spool.delivery import PublishResult, Stage
 from comfyd.spool.intake import Intake, Taken
 from comfyd.spool.layout import Spool, job_of, open_dir
-from tests.spool.conftest import ULID, MakeIntake
+from tests.spool.conftest import ULID, MakeIntake, nest
 
 GRAPH = b'{"10": {"class_type": "LoadImage", "inputs": {"image": "x"}}}'
 JOB = b'{"workflow": %s, "files": {"10.image": "photo.png"}}' % GRAPH
@@ -738,7 +738,8 @@ def test_what_cannot_be_removed_is_told(humble_spool: Spool, make_intake: MakeIn
     (humble_spool.claimed / row.payload / "in" / "a").touch()
     (humble_spool.claimed / row.payload / "in").chmod(0o500)
     assert "could not be removed: Permission denied" in delivery.retire(humble_spool, row)
-    delivery.reap(humble_spool, set())
+    (problem,) = delivery.reap(humble_spool, set())
+    assert "is left: Permission denied" in problem
     assert make_intake(humble_spool).adopt(os.listdir(humble_spool.claimed)).claims == []
 
 
@@ -779,16 +780,10 @@ def test_a_bundle_made_endlessly_deep_after_its_claim_is_told_and_kills_nobody(
 ) -> None:
     make(spool.new / "x")
     row = taken_row(make_intake(spool))
-    where, levels = spool.claimed / row.payload, 1200
-    fd = os.open(where, os.O_RDONLY)
-    for _ in range(levels):
-        os.mkdir("d", dir_fd=fd)
-        inner = os.open("d", os.O_RDONLY, dir_fd=fd)
-        os.close(fd)
-        fd = inner
-    os.close(fd)
+    nest(spool.claimed / row.payload)
     assert "could not be removed" in delivery.retire(spool, row)
-    assert delivery.reap(spool, set()) == []
+    (problem,) = delivery.reap(spool, set())
+    assert "nested too deeply; remove it as root" in problem
     assert started_again(spool, make_intake).claims == []
     subprocess.run(["rm", "-rf", *spool.claimed.iterdir()], check=True)
 

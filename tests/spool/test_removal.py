@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from comfyd.errors import DiskFull
 from comfyd.spool import delivery, removal
 from comfyd.spool.layout import Spool
 from comfyd.spool.removal import Removal
+from tests.spool.conftest import nest
 
 JOB = JobId("fox.01ARZ3NDEKTSV4RRFFQ69G5FAV")
 DONE = Kept(job=JOB, place=Place.DONE, at=5.0)
@@ -109,6 +111,42 @@ def test_a_disk_that_takes_nothing_is_a_pause(spool: Spool, monkeypatch: pytest.
     with pytest.raises(DiskFull):
         removal.remove(spool, DONE)
     assert folder.exists()
+
+
+def test_what_nobody_but_root_may_empty_is_out_of_sight_and_hinders_no_start(
+    humble_spool: Spool,
+):
+    locked = publish(humble_spool, FAILED) / "job" / "deep"
+    locked.chmod(0o500)
+    what, problem = removal.remove(humble_spool, FAILED)
+    assert what is Removal.LEFT
+    assert "Permission denied; remove it as root" in problem
+    assert os.listdir(humble_spool.failed) == []
+    [left] = os.listdir(humble_spool.stage)
+    assert delivery.reap(humble_spool, set()) == [problem]
+    (humble_spool.stage / left / "job" / "deep").chmod(0o700)
+    assert delivery.reap(humble_spool, set()) == []
+    assert os.listdir(humble_spool.stage) == []
+
+
+def test_a_result_that_is_nested_endlessly_hinders_nothing(spool: Spool):
+    nest(publish(spool, FAILED))
+    what, problem = removal.remove(spool, FAILED)
+    assert what is Removal.LEFT
+    assert "nested too deeply" in problem
+    assert delivery.reap(spool, set()) == [problem]
+    subprocess.run(["rm", "-rf", *spool.stage.iterdir()], check=True)
+
+
+def test_a_payload_that_may_not_be_moved_stays_and_hinders_no_start(humble_spool: Spool):
+    payload = humble_spool.stage / JOB / "payload"
+    payload.mkdir(parents=True)
+    payload.chmod(0o500)
+    (problem,) = delivery.reap(humble_spool, set())
+    assert "payload cannot be moved: Permission denied" in problem
+    payload.chmod(0o700)
+    assert delivery.reap(humble_spool, set()) == []
+    assert os.listdir(humble_spool.claimed) == [f"{JOB}.json"]
 
 
 def test_a_result_that_may_not_be_moved_is_told_of(humble_spool: Spool):
