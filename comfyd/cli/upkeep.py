@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,7 @@ from comfyd.cli.reading import ask_daemon
 from comfyd.cli.screen import counted, put, put_json, say, size
 from comfyd.config import Config
 from comfyd.errors import SpoolBusy
-from comfyd.journal.copy import check_copy, new_snapshot
+from comfyd.journal.copy import check_copy, is_snapshot, new_snapshot
 from comfyd.journal.lock import StateLock
 from comfyd.journal.sqlite import open_readonly
 from comfyd.spool.layout import fsync_dir
@@ -62,8 +63,8 @@ def snapshot(args: argparse.Namespace) -> int:
         raise Refused(f"{target} exists; a snapshot replaces nothing: name another file")
     if not target.absolute().parent.is_dir():
         raise Refused(f"{target.absolute().parent} is no folder; make it first")
-    with _copy(config) as copy:
-        _put_there(copy, target)
+    with _copy(config) as fd:
+        _put_there(fd, target)
     written = target.stat().st_size
     if args.json:
         put_json({"file": str(target.absolute()), "bytes": written})
@@ -74,27 +75,49 @@ def snapshot(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _copy(config: Config) -> Iterator[Path]:
-    """A copy of the journal in ``state/``, made by the daemon or, if none runs, here.
+def _copy(config: Config) -> Iterator[int]:
+    """A copy of the journal in ``state/``, made by the daemon or, if none runs, here; open.
+
+    Whoever asks may be root, and the daemon be taken over: the copy is a file of the name and in
+    the place that copies have, and only that is read and removed.
 
     Raises:
       Unreachable: A daemon runs and does not answer, or this user may not ask it.
+      Refused: What the daemon names is no copy.
       JournalError, DiskFull: The journal cannot be copied.
 
     """
     try:
-        path = Path(ask_daemon(config, {"verb": "snapshot"}, LONG_S)["path"])
+        name = Path(ask_daemon(config, {"verb": "snapshot"}, LONG_S)["path"]).name
     except DaemonUnreachable as error:
         if error.sent:
             raise Unreachable(str(error)) from None
-        path = _copied_here(config, str(error))
+        name = _copied_here(config, str(error))
+    if not is_snapshot(name):
+        raise Refused("what the daemon names is no copy of its journal")
+    state_fd = os.open(config.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield path
+        yield _opened(name, state_fd)
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=state_fd)
+        os.close(state_fd)
 
 
-def _copied_here(config: Config, why: str) -> Path:
+def _opened(name: str, state_fd: int) -> int:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags, dir_fd=state_fd)
+    except OSError as error:
+        raise Refused(f"the copy of the journal cannot be read: {error.strerror}") from None
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        os.close(fd)
+        raise Refused("what the daemon names is no copy of its journal")
+    return fd
+
+
+def _copied_here(config: Config, why: str) -> str:
     journal = config.state / "comfyd.db"
     try:
         if not journal.exists():
@@ -105,7 +128,7 @@ def _copied_here(config: Config, why: str) -> Path:
             with contextlib.closing(reads):
                 reads.copy_to(path, lambda: None)
             check_copy(path)
-            return path
+            return path.name
     except SpoolBusy:
         raise Unreachable(f"a daemon owns {config.state} but does not answer: {why}") from None
     except PermissionError as error:
@@ -113,15 +136,16 @@ def _copied_here(config: Config, why: str) -> Path:
         raise Unreachable(message) from None
 
 
-def _put_there(copy: Path, target: Path) -> None:
-    """Make *target* a durable file with the content of *copy*: whole or not at all, 0600."""
+def _put_there(copy_fd: int, target: Path) -> None:
+    """Make *target* a durable file with what *copy_fd* gives: whole or not at all, 0600."""
     aside = target.with_name(f".{target.name}.{os.urandom(4).hex()}.part")
     try:
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(copy, "rb") as source, open(fd, "wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-            file.flush()
-            os.fsync(fd)
+        with open(copy_fd, "rb") as source:
+            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+                file.flush()
+                os.fsync(fd)
         _name(aside, target)
         fsync_dir(target.absolute().parent)
     except FileExistsError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -23,6 +24,11 @@ SNAPSHOTS: Final = ".snapshot-"
 def new_snapshot(state: Path) -> Path:
     """A path in ``state/`` that no snapshot has."""
     return state / f"{SNAPSHOTS}{os.urandom(8).hex()}.db"
+
+
+def is_snapshot(name: str) -> bool:
+    """Whether `new_snapshot` makes such names."""
+    return re.fullmatch(re.escape(SNAPSHOTS) + r"[0-9a-f]{16}\.db", name) is not None
 
 
 def copy_journal(source: sqlite3.Connection, target: Path, pause: Callable[[], object]) -> None:

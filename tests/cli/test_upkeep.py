@@ -7,6 +7,7 @@ import os
 import socket
 import sqlite3
 import stat
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,46 @@ async def test_a_snapshot_is_taken_while_the_daemon_runs(site: Site, daemon: Ser
         assert "replaces nothing" in err
         assert target.read_bytes() == before
         assert [name for name in os.listdir(site.home / "state") if "snapshot" in name] == []
+
+
+@pytest.mark.parametrize("kind", ["elsewhere", "link", "hard link", "other"])
+def test_a_daemon_that_was_taken_over_makes_nobody_read_or_remove_other_files(
+    site: Site, kind: str
+):
+    state = site.home / "state"
+    state.mkdir(exist_ok=True)
+    precious = site.home / "precious"
+    precious.write_text("secret")
+    named = state / (".snapshot-" + 16 * "0" + ".db")
+    match kind:
+        case "elsewhere":
+            named = precious
+        case "link":
+            named.symlink_to(precious)
+        case "hard link":
+            os.link(precious, named)
+        case _:
+            named = state / "comfyd.db"
+            named.write_text("secret")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(state / "control.sock"))
+        server.listen()
+
+        def answer() -> None:
+            caller, _ = server.accept()
+            with caller:
+                caller.recv(1000)
+                caller.sendall(json.dumps({"ok": True, "path": str(named)}).encode() + b"\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        code, out, err = site("snapshot", str(site.home / "copy.db"))
+        thread.join(10)
+    assert (code, out) == (1, "")
+    assert "no copy of its journal" in err or "cannot be read" in err
+    assert precious.read_text() == "secret"
+    assert not (site.home / "copy.db").exists()
+    assert (state / "comfyd.db").exists() == (kind == "other")
 
 
 def test_a_snapshot_is_taken_when_no_daemon_runs(site: Site):
