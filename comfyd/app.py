@@ -28,6 +28,7 @@ from comfyd.core.model import JobId, State
 from comfyd.core.retention import FORGOTTEN
 from comfyd.core.snapshot import Snapshot
 from comfyd.errors import ConfigError, DiskFull, SpoolBusy
+from comfyd.journal.file import prepare_state
 from comfyd.journal.lock import StateLock
 from comfyd.journal.quarantine import open_or_begin_anew
 from comfyd.journal.store import Batch, Update
@@ -171,7 +172,8 @@ async def _started(
 ) -> None:
     """From the locks to the end of the journal."""
     spool = Spool(config.spool)
-    config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    prepared = partial(prepare_state, config.state)
+    await _when_there_is_space(partial(trio.to_thread.run_sync, prepared))
     await _when_there_is_space(partial(trio.to_thread.run_sync, spool.prepare))
     clock = Clock()
     metrics = Metrics(CollectorRegistry(), version=__version__)

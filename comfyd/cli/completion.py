@@ -15,7 +15,7 @@ from argcomplete.shell_integration import shellcode
 from comfyd import config
 from comfyd.cli.exits import Exit
 from comfyd.cli.reading import newest, opened
-from comfyd.config import Config
+from comfyd.config import Config, Secrets
 from comfyd.core import wishes
 from comfyd.core.present import SHOWN_STATES
 from comfyd.errors import ComfydError
@@ -85,4 +85,4 @@ def _states(prefix: str, **_: Any) -> list[str]:
 
 def _config(args: argparse.Namespace) -> Config:
     path = config.find_config(getattr(args, "config", None), os.environ)
-    return config.defaults(Path.cwd()) if path is None else config.load(path)
+    return config.defaults(Path.cwd()) if path is None else config.load(path, Secrets.NONE)

@@ -48,4 +48,4 @@ def _found(args: argparse.Namespace) -> Iterator[Finding]:
         yield problem(subject, f"{each}.", "Mend that line; comfyd check-config looks again.")
     if not problems:
         yield ok(subject, f"{path} is good.")
-        yield from everything(config.load(path))
+        yield from everything(config.load(path, config.Secrets.REACHABLE))

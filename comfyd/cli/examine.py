@@ -25,7 +25,8 @@ from comfyd import __version__
 from comfyd.cli.exits import Refused
 from comfyd.cli.reading import ANSWER_S, ask_daemon
 from comfyd.cli.screen import counted, size
-from comfyd.config import Config, Server
+from comfyd.config import UNREAD, Config, Server
+from comfyd.core.snapshot import NOT_ASKED
 from comfyd.core.wire.stats import version_verdict
 from comfyd.errors import ComfydError, ConfigError, ServerError, SpoolBusy
 from comfyd.journal.lock import StateLock
@@ -440,6 +441,13 @@ def _servers(config: Config, status: dict[str, Any] | None) -> Iterator[Finding]
         if status is not None and view is None:
             remedy = "Let the daemon read the configuration anew: comfyd reload, or restart it."
             yield warning(subject, "The daemon does not know it.", remedy)
+        elif view is not None and view["state"] == "down" and view["reason"] != NOT_ASKED:
+            if any(each.level == "problem" for each in found[server.name]):
+                continue  # the same, and said already
+            remedy = "Mend that; the daemon tries again by itself."
+            yield problem(
+                subject, f"The daemon finds it down: {view['reason'].rstrip('.')}.", remedy
+            )
         elif view is not None and view["state"] == "wedged":
             remedy = "Restart ComfyUI there; comfyd status and docs/servers.md say more."
             yield problem(subject, f"The daemon sends it nothing: {view['reason']}", remedy)
@@ -453,6 +461,10 @@ def _servers(config: Config, status: dict[str, Any] | None) -> Iterator[Finding]
 
 async def _ask(config: Config, server: Server, found: dict[str, list[Finding]]) -> None:
     subject, findings = f"server {server.name}", found.setdefault(server.name, [])
+    if any(secret is UNREAD for secret in server.headers.values()):
+        what = "It was not asked: only the daemon has its credential, from systemd."
+        findings.append(ok(subject, what))
+        return
     try:
         client = client_of(server, config)
     except ComfydError as error:

@@ -33,14 +33,14 @@ from comfyd.config.schema import (
     Watch,
 )
 from comfyd.config.section import read_section
-from comfyd.config.server import Secret
+from comfyd.config.server import UNREAD, Secret
 from comfyd.config.values import Context, Failed, Refused, Secrets, attempt, folder
 from comfyd.errors import ConfigError
 
 __all__ = [
-    "Audit", "Client", "Completion", "Config", "Health", "History", "Jobs", "Listen", "Log",
-    "Metrics", "Outputs", "Retention", "Retentions", "Secret", "Secrets", "Server", "Tracker",
-    "Watch", "check", "defaults", "find_config", "load", "parse", "read", "state_of",
+    "UNREAD", "Audit", "Client", "Completion", "Config", "Health", "History", "Jobs", "Listen",
+    "Log", "Metrics", "Outputs", "Retention", "Retentions", "Secret", "Secrets", "Server",
+    "Tracker", "Watch", "check", "defaults", "find_config", "load", "parse", "read", "state_of",
 ]  # fmt: skip
 
 SYSTEM_CONFIG: Final = Path("/etc/comfyd/comfyd.yaml")

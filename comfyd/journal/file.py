@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
+import shlex
 import sqlite3
 from pathlib import Path
 from typing import Final, Literal
 
-from comfyd.errors import DiskFull, JournalDamaged, JournalError, JournalTooNew, SpoolBusy
+from comfyd.errors import (
+    ConfigError,
+    DiskFull,
+    JournalDamaged,
+    JournalError,
+    JournalTooNew,
+    SpoolBusy,
+)
 from comfyd.journal.schema import APPLICATION_ID, VERSION
 
 _PROBE_BYTES: Final = 64 << 10
@@ -96,6 +105,43 @@ def _refusal(folder: Path) -> str:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
             return os.strerror(error.errno)
     return ""
+
+
+def prepare_state(folder: Path) -> None:
+    """Make the state folder if it is missing, and see that what is in it is ours to write.
+
+    Raises:
+      ConfigError: It cannot be made, or something there belongs to someone else.
+      DiskFull: There is no space for an empty folder.
+
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("lock", *(f"comfyd.db{ending}" for ending in ("", "-wal", "-shm"))):
+            path = folder / name
+            if path.exists():
+                os.close(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
+        may = os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True)
+        if not may and not os.statvfs(folder).f_flag & os.ST_RDONLY:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        where = error.filename or folder
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskFull(f"{where}: {error.strerror}") from error
+        if error.errno == errno.EROFS and folder.is_dir():
+            return  # a pause, when it is written to
+        remedy = ""
+        if isinstance(error, PermissionError):
+            remedy = f"; make it the daemon's: chown -R {_user()} {shlex.quote(str(folder))}"
+        problem = f"the state folder cannot be used: {where}: {error.strerror}{remedy}"
+        raise ConfigError("state", problem) from error
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def create(path: Path) -> None:

@@ -15,7 +15,7 @@ from comfyd.errors import SpoolBusy
 
 
 class StateLock:
-    """A lock on one folder, by a file in it that is created when missing and never removed.
+    """A lock on one folder, by a file in it that daemons create when missing and never remove.
 
     A reader holds it shared for the moment of its reading, so a daemon that finds it busy at start
     should try again for a few seconds before it believes that another daemon is there.
@@ -38,12 +38,18 @@ class StateLock:
     def acquire_shared(self) -> Self:
         """Take it for reading, without waiting, together with other readers.
 
+        The file is not created: nobody owns a folder without one, and made by a reader, such as
+        root, it might be none that the daemon can open.
+
         Raises:
           SpoolBusy: A daemon holds it: ask that daemon instead.
-          OSError: The file cannot be opened or created.
+          OSError: The file cannot be opened.
 
         """
-        return self._acquire(fcntl.LOCK_SH, "a running comfyd owns this folder")
+        try:
+            return self._acquire(fcntl.LOCK_SH, "a running comfyd owns this folder")
+        except FileNotFoundError:
+            return self
 
     def release(self) -> None:
         """Give it back; does nothing if it is not held."""
@@ -67,7 +73,9 @@ class StateLock:
             msg = f"{self._path} is already held by this object"
             raise RuntimeError(msg)
         # Not for writing: that would keep the file system from being remounted read-only.
-        flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        if mode == fcntl.LOCK_EX:
+            flags |= os.O_CREAT
         fd = os.open(self._path, flags, 0o600)
         try:
             fcntl.flock(fd, mode | fcntl.LOCK_NB)

@@ -55,7 +55,8 @@ def test_another_shell_is_a_usage_error(site: Site):
 
 
 def test_commands_options_states_and_servers_are_offered(site: Site):
-    site.config.write_text("servers: [{name: gpu1, url: 'http://127.0.0.1:1'}]\n")
+    secret = "headers: {Authorization: {file: nobody-may-read-this}}"
+    site.config.write_text(f"servers: [{{name: gpu1, url: 'http://127.0.0.1:1', {secret}}}]\n")
     assert offered(site, "comfyd ca") == {"cancel"}
     assert {"--dry-run", "--json"} <= offered(site, "comfyd gc --")
     assert "gpu1" in offered(site, "comfyd drain ")

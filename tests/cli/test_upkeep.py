@@ -9,12 +9,15 @@ import sqlite3
 import stat
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trio
 
 from comfyd.cli import examine
+from comfyd.config import load
 from comfyd.core.model import JobId, Row, State
 from comfyd.journal.lock import StateLock
 from tests.cli.conftest import GRAPH, Serve, Site
@@ -256,6 +259,30 @@ def test_doctor_finds_a_spool_that_others_may_write(site: Site):
     assert "may be written by others" in what
     assert remedy == f"Run: chmod go-w {site.spool.done}"
     assert os.listdir(site.spool.done) == []
+
+
+def test_doctor_does_without_what_only_systemd_can_give(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    server = "{name: a, url: 'http://127.0.0.1:9', headers: {X-Key: {credential: key}}}"
+    site.config.write_text(site.config.read_text() + f"servers: [{server}]\n")
+    code, out, _ = site("doctor", "--json")
+    assert code == 0, out
+    [(level, what, _)] = findings(out)["server a"]
+    assert level == "ok"
+    assert "only the daemon has its credential" in what
+
+
+async def test_doctor_tells_what_only_the_daemon_finds(site: Site, daemon: Serve):
+    async with daemon() as simulator:
+        server = f"{{name: sim, url: '{simulator.url}'}}"
+        site.config.write_text(site.config.read_text() + f"servers: [{server}]\n")
+        view = {"name": "sim", "state": "down", "reason": "its certificate is not trusted"}
+        asked = partial(examine._servers, load(site.config), {"servers": [view]})
+        found = await trio.to_thread.run_sync(lambda: list(asked()))
+        assert [each.level for each in found] == ["ok", "problem"]
+        assert found[1].what == "The daemon finds it down: its certificate is not trusted."
 
 
 def test_doctor_finds_what_retention_could_not_empty(site: Site):

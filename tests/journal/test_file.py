@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from comfyd.core.model import Fence, JobId, PromptId, Row, ServerName, State
 from comfyd.core.retention import Kept, Place, Tally
-from comfyd.errors import JournalDamaged, JournalError, JournalTooNew, SpoolBusy
+from comfyd.errors import ConfigError, JournalDamaged, JournalError, JournalTooNew, SpoolBusy
 from comfyd.journal import schema
+from comfyd.journal.file import prepare_state
 from comfyd.journal.quarantine import open_or_begin_anew
 from comfyd.journal.sqlite import SqliteStore, open_readonly
 from comfyd.journal.store import Batch, Event, Update
@@ -237,6 +241,43 @@ def test_a_row_written_before_a_field_existed_reads_with_its_default(path):
     store = SqliteStore.open(path)
     assert store.get(JobId("fox.01A")) == Row(job=JobId("fox.01A"), seq=1)
     store.close()
+
+
+@pytest.fixture
+def humble():
+    """A folder of a process without privileges: as root, we are nobody for the time of the test."""
+    folder = Path(tempfile.mkdtemp(prefix="comfyd-"))
+    was = os.geteuid()
+    if was == 0:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(was)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("", 0o500), ("lock", 0o400), ("comfyd.db", 0o400), ("comfyd.db-wal", 0o000)],
+)
+def test_what_in_the_state_folder_is_not_ours_is_told_with_the_remedy(humble, name, mode):
+    state = humble / "state"
+    prepare_state(state)
+    prepare_state(state)
+    if name:
+        (state / name).touch()
+    (state / name).chmod(mode)
+    with pytest.raises(ConfigError, match=f"chown -R .* {state}") as raised:
+        prepare_state(state)
+    assert str(state / name) in str(raised.value)
+    (state / name).chmod(0o700)
+
+
+def test_a_state_folder_that_cannot_be_made_is_told(humble):
+    humble.chmod(0o500)
+    with pytest.raises(ConfigError, match=r"the state folder cannot be used: .*Permission denied"):
+        prepare_state(humble / "state")
+    humble.chmod(0o700)
 
 
 def test_a_journal_of_version_1_becomes_one_of_today_with_its_jobs_and_fences(path):

@@ -35,7 +35,13 @@ def test_a_second_daemon_is_refused_until_the_first_lets_go(path):
         pass
 
 
+def test_a_reader_makes_no_file_that_a_daemon_might_not_open(path):
+    with StateLock(path).acquire_shared():
+        assert not path.exists()
+
+
 def test_readers_read_together_and_keep_a_daemon_out_meanwhile(path):
+    path.touch()
     first, second = StateLock(path).acquire_shared(), StateLock(path).acquire_shared()
     for reader in (first, second):
         with pytest.raises(SpoolBusy):
