@@ -118,16 +118,21 @@ async def test_a_certificate_for_another_host_is_none(tmp_path, authority):
         assert b"".join(stream.received for stream in front.streams) == b""
 
 
-async def test_a_new_token_and_a_new_authority_hold_after_a_reload(tmp_path, authority):
+@pytest.mark.parametrize("wrong", ["wrong.pem", "ca.pem"])
+async def test_a_new_token_and_a_new_authority_hold_after_a_reload(tmp_path, authority, wrong):
+    """Another file, or the same one renewed."""
     async with Front.serving(speaking(authority)) as front:
         path = write(tmp_path, front.url)
-        trustme.CA().cert_pem.write_to_path(tmp_path / "wrong.pem")
-        path.write_text(path.read_text().replace("ca.pem", "wrong.pem"))
+        trustme.CA().cert_pem.write_to_path(tmp_path / wrong)
+        path.write_text(path.read_text().replace("ca.pem", wrong))
         async with running(path) as daemon:
+            while not (await daemon.snapshot()).servers[0].reason:  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(0.02)
+            authority.cert_pem.write_to_path(tmp_path / "ca.pem")
             write(tmp_path, front.url)
             (tmp_path / "token").write_text("Bearer new")
             await reload(path)
-            while not (await daemon.snapshot()).servers[0].connected:  # noqa: ASYNC110 - as above
+            while not (await daemon.snapshot()).servers[0].connected:  # noqa: ASYNC110 - nobody tells
                 await trio.sleep(0.02)
         (request,) = front.requests(b"GET /ws")
         assert b"authorization: bearer new" in request.lower()

@@ -224,6 +224,7 @@ def test_no_urls(text):
 
 def test_plain_http_to_another_host_must_be_asked_for():
     assert parse(one_server(url="http://10.0.0.5:8188", insecure="true")).servers[0].insecure
+    assert refused(one_server(url="http://10.0.0.5:8188")).key == "servers[0].url"
     assert refused(one_server(url="https://gpu", insecure="true")).key == "servers[0].insecure"
 
 
@@ -271,21 +272,23 @@ def headers_of(text: str, **environ: str) -> dict[str, str]:
 
 def test_header_values_come_from_three_places(tmp_path):
     (tmp_path / "token").write_text("Bearer hunter2\n")
-    assert headers_of("{X-Key: abc}") == {"X-Key": "abc"}
+    assert headers_of("{X-Site: abc}") == {"X-Site": "abc"}
     assert headers_of(f"{{A: {{file: {tmp_path}/token}}}}") == {"A": "Bearer hunter2"}
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
     assert headers_of("{A: {credential: token}}", **environ) == {"A": "Bearer hunter2"}
 
 
 def test_secrets_do_not_show():
-    cfg = parse(one_server(headers="{X-Key: hunter2}"))
-    secret = cfg.servers[0].headers["X-Key"]
+    cfg = parse(one_server(headers="{X-Site: hunter2}"))
+    secret = cfg.servers[0].headers["X-Site"]
     assert "hunter2" not in f"{cfg} {cfg!r} {secret} {secret!r}"
     assert secret == Secret("hunter2") != Secret("hunter3")
     assert hash(secret) == hash(Secret("hunter2"))
 
 
-@pytest.mark.parametrize("name", ["Authorization", "cookie", "Proxy-Authorization", "X-API-Key"])
+@pytest.mark.parametrize(
+    "name", ["Authorization", "cookie", "X-API-Key", "X-Auth-Token", "CF-Access-Client-Secret"]
+)
 def test_a_secret_is_not_written_into_the_configuration(name):
     error = refused(one_server(headers=f"{{{name}: hunter2}}"))
     assert "is a secret: say {file: PATH} or {credential: NAME}" in error.problem

@@ -76,6 +76,7 @@ def test_what_a_restart_cannot_mend_is_not_restarted():
     ("name", "values"),
     [
         ("LimitCORE", ["0"]),
+        ("TasksMax", ["256"]),
         ("NoNewPrivileges", ["yes"]),
         ("CapabilityBoundingSet", [""]),
         ("ProtectSystem", ["strict"]),

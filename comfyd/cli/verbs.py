@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -73,9 +74,18 @@ def reload(args: argparse.Namespace) -> int:
     """``comfyd reload``. The file may be a bad one: what is wrong with it, the daemon will say."""
     path = find_config(args.config, os.environ)
     state = Path.cwd() / "state" if path is None else state_of(path)
-    request = {"verb": "reload"}
-    with _told_that_it_takes_a_daemon(request):
-        result = ask_at(state, request, WISH_S)["result"]
+    try:
+        result = ask_at(state, {"verb": "reload"}, WISH_S)["result"]
+    except DaemonUnreachable as error:
+        if error.sent:
+            raise Unreachable(str(error)) from None
+        moved = "if the file names another state folder than at its start, that needs a restart"
+        main_pid = os.environ.get("MAINPID", "")  # systemd says so to ExecReload=
+        if not main_pid.isdigit():
+            raise Unreachable(f"{error} To reload needs the running daemon; {moved}.") from None
+        os.kill(int(main_pid), signal.SIGHUP)  # it says no by itself, in its log and its metrics
+        say(f"comfyd: nobody answers in {state}: {moved}")
+        return Exit.CONFIG
     if args.json:
         put_json(result)
     elif result["ok"]:

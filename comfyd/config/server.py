@@ -38,8 +38,8 @@ _OURS: Final = frozenset(
 )
 
 
-# A configuration file is shown to colleagues, and kept in version control.
-_SECRETS: Final = frozenset({"authorization", "cookie", "proxy-authorization", "x-api-key"})
+# A configuration file is shown to colleagues, and kept in version control. In a header's name:
+_SECRET: Final = re.compile(r"auth|bearer|cookie|credential|key|passw|secret|token", re.IGNORECASE)
 
 
 class Secret:
@@ -132,7 +132,7 @@ def headers(node: Node, path: str, ctx: Context) -> Mapping[str, Secret]:
         elif name.lower() in {other.lower() for other in found}:
             ctx.report(here, "is given twice; header names ignore case", mapping.keys[name])
         else:
-            if name.lower() in _SECRETS and not isinstance(value_node, MappingNode):
+            if _SECRET.search(name) and not isinstance(value_node, MappingNode):
                 problem = (
                     "is a secret: say {file: PATH} or {credential: NAME}, not the secret itself"
                 )

@@ -7,6 +7,9 @@ the last entry of ``status.messages``; ``status_str`` can be another prompt's (e
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 from comfyd.core.model import (
     End,
     JobId,
@@ -18,6 +21,9 @@ from comfyd.core.model import (
     State,
     prompt_id_of,
 )
+
+# Where `workflow.make_unique` lets each attempt write.
+_OWN_FOLDER: Final = re.compile(r"comfyd/([^/]+\.[0-9A-HJKMNP-TV-Z]{26})-\d+(?:/|$)")
 
 
 def is_foreign(job: JobId, attempt: int, record: Record) -> bool:
@@ -77,6 +83,20 @@ def judge_stopped(row: Row, record: Record, why: Outcome) -> Outcome:
     if record.end is End.SUCCESS and why.reason is not Reason.PARTIAL:
         return judge(row, record)
     return why
+
+
+def mixed_up(job: JobId, record: Record) -> tuple[str, ...]:
+    """That files are named which were made for other jobs: the server may have mixed them up."""
+    others = {
+        ref.node: found[1]
+        for ref in record.files
+        if (found := _OWN_FOLDER.match(ref.subfolder.replace("\\", "/"))) and found[1] != job
+    }
+    return tuple(
+        f"Node {node} named a file that was made for another job, {other}: look whether it is the"
+        " right one."
+        for node, other in others.items()
+    )
 
 
 def success_warnings(record: Record) -> tuple[str, ...]:

@@ -222,7 +222,7 @@ def collected_of(
     row: Row, outcome: Outcome, record: Record, source: Source, ctx: Context
 ) -> dict[str, Any]:
     """What a row keeps of its prompt's record."""
-    warnings = row.warnings + record.warnings
+    warnings = row.warnings + record.warnings + completion.mixed_up(row.job, record)
     if outcome.state is State.DONE:
         warnings += completion.success_warnings(record) + verdicts.warnings(row)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,7 @@ from comfyd.config import Server as ServerConfig
 from comfyd.core.facts import Connected, Disconnected, Hint, QueueSeen, Sign, StalledPublisher
 from comfyd.core.model import PromptId, ServerName
 from comfyd.core.notes import Note
+from comfyd.errors import ConfigError
 from comfyd.metrics import Metrics
 from comfyd.services.clock import Clock
 from comfyd.services.health import HealthProbe
@@ -78,6 +80,22 @@ def _headers(server: ServerConfig) -> dict[str, str]:
     return {name: secret.reveal() for name, secret in server.headers.items()}
 
 
+def authorities_of(server: ServerConfig) -> bytes:
+    """Which authorities are trusted for *server*, as its ``ca_file`` says now; b"" if none does.
+
+    Raises:
+      ConfigError: The file cannot be read.
+
+    """
+    if server.ca_file is None:
+        return b""
+    try:
+        return hashlib.sha256(server.ca_file.read_bytes()).digest()
+    except OSError as error:
+        where = f"servers.{server.name}.ca_file"
+        raise ConfigError(where, f"cannot be read: {error.strerror}") from error
+
+
 class Users:
     """Who is using something now; it is closed when nobody is."""
 
@@ -106,6 +124,7 @@ class Link:
 
     Attributes:
       server: Its settings, as it was made with: to be reached in another way takes another link.
+      authorities: What ``ca_file`` held then.
       users: Whoever uses its client: orders, and its own tasks.
 
     """
@@ -116,6 +135,7 @@ class Link:
         self.name = ServerName(server.name)
         self.origin = server.url
         self.server = server
+        self.authorities = authorities_of(server)
         self.users = Users()
         self.submits = trio.CapacityLimiter(SUBMITS)
         self.client = client_of(server, config)

@@ -14,7 +14,7 @@ from comfyd.core.model import ServerName
 from comfyd.metrics import Metrics
 from comfyd.services.clock import Clock
 from comfyd.services.inbox import Inbox
-from comfyd.services.link import Link
+from comfyd.services.link import Link, authorities_of
 from comfyd.services.supervisor import supervise
 
 FAREWELL_S: Final = 1.0  # for connections to close, in good order or not
@@ -79,8 +79,9 @@ class Links:
         link = self.of(ServerName(server.name), server.url)
         if link is None:
             return False
-        there = link.server
-        return (there.headers, there.ca_file) == (server.headers, server.ca_file)
+        if (link.server.headers, link.server.ca_file) != (server.headers, server.ca_file):
+            return False
+        return link.authorities == authorities_of(server)
 
     def take_up(self, config: Config, prepared: Iterable[Link]) -> None:
         """Let *config* hold: new values for all links, and *prepared* in the place of those that

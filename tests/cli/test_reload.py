@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import trio
 
 from comfyd import app, config
 from comfyd.config import Secrets
@@ -22,7 +25,22 @@ def test_without_a_daemon_there_is_nobody_to_ask(site: Site):
     code, out, err = site("reload")
     assert (code, out) == (69, "")
     assert "No daemon is running" in err
-    assert "To reload needs the running daemon." in err
+    assert "To reload needs the running daemon; if the file names another state folder" in err
+
+
+async def test_another_state_folder_needs_a_restart_and_the_daemon_hears_of_it(
+    site: Site, daemon: Serve, monkeypatch: pytest.MonkeyPatch
+):
+    """As systemd calls it: the socket is where the daemon was started."""
+    async with daemon():
+        monkeypatch.setenv("MAINPID", str(os.getpid()))
+        site.config.write_text(site.config.read_text() + "state: other\n")
+        with trio.open_signal_receiver(signal.SIGHUP) as hangups:
+            code, out, err = await call(site, "reload")
+            assert (code, out) == (78, "")
+            assert "that needs a restart" in err
+            with trio.fail_after(5):
+                assert await anext(hangups) == signal.SIGHUP
 
 
 async def test_a_daemon_that_read_no_file_says_so(site: Site, daemon: Serve):

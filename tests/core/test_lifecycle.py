@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfyd.core import facts, lifecycle, orders, rules
+from comfyd.core import completion, facts, lifecycle, orders, rules
 from comfyd.core.facts import FetchResult, Hint, Presence, Sign, Token, Uncollected
 from comfyd.core.job import (
     Assigned,
@@ -46,6 +46,7 @@ from comfyd.core.model import (
     prompt_id_of,
 )
 from comfyd.core.policy import Policy
+from comfyd.core.submitted import collected_of
 from comfyd.errors import ProtocolViolation
 
 J = JobId("fox.01K0000000000000000000000A")
@@ -473,6 +474,28 @@ def test_a_record_with_another_jobs_mark_proves_nothing():
     life = Life().accept().hint(Sign.ENDED)
     life.fetch(msgspec.structs.replace(SUCCESS, ours=("other", 1)))
     assert life.job.row.state is State.SUBMITTED
+
+
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [
+        ("comfyd/owl.01ARZ3NDEKTSV4RRFFQ69G5FAV-1", True),
+        ("comfyd\\owl.01ARZ3NDEKTSV4RRFFQ69G5FAV-12\\in", True),
+        ("comfyd/fox.01ARZ3NDEKTSV4RRFFQ69G5FAW-2", False),
+        ("comfyd/mine-1", False),
+        ("", False),
+    ],
+)
+def test_a_file_that_was_made_for_another_job_is_told(folder, told):
+    job = JobId("fox.01ARZ3NDEKTSV4RRFFQ69G5FAW")
+    ref = FileRef(node="9", key="images", filename="x.png", subfolder=folder)
+    record = msgspec.structs.replace(SUCCESS, files=(ref, ref))
+    row = msgspec.structs.replace(Life().accept().job.row, job=job)
+    done = completion.judge(row, record)
+    context = Context(now_s=1.0, u=0.0, policy=POLICY)
+    kept = collected_of(row, done, record, Source.SIGNAL, context)["warnings"]
+    assert any("made for another job, owl.01ARZ3" in warning for warning in kept) is told
+    assert len(kept) == told
 
 
 def test_a_record_that_stays_unreadable_fails_the_job_in_the_end():

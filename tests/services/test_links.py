@@ -90,13 +90,13 @@ async def rigged(tmp_path: Path, **servers: str) -> AsyncIterator[Rig]:
 async def test_other_headers_are_a_new_connection_for_that_server_alone(tmp_path):
     async with Front.serving() as one, Front.serving() as other:
         a, b = f"url: '{one.url}'", f"url: '{other.url}'"
-        async with rigged(tmp_path, a=f"{a}, headers: {{X-Key: old}}", b=b) as rig:
-            rig.reload(a=f"{a}, headers: {{X-Key: new}}", b=b)
+        async with rigged(tmp_path, a=f"{a}, headers: {{X-Site: old}}", b=b) as rig:
+            rig.reload(a=f"{a}, headers: {{X-Site: new}}", b=b)
             await rig.until(lambda: len(rig.told(Connected, "a")) == 2)
             assert rig.told(Disconnected, "a") == ["reload"]
             assert rig.told(Disconnected, "b") == []
             await rig.until(lambda: rig.sample("comfyd_websocket_connected", server="a"))
-        keys = [heard.lower().partition(b"x-key: ")[2][:3] for heard in one.requests(WS)]
+        keys = [heard.lower().partition(b"x-site: ")[2][:3] for heard in one.requests(WS)]
         assert keys == [b"old", b"new"]
         assert len(other.requests(WS)) == 1
 

@@ -193,6 +193,44 @@ def test_odd_things_are_moved_unread_and_become_failures(
     assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
 
 
+def link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parents[2] / "precious.json")
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def hard_link(path: Path) -> None:
+    path.unlink()
+    os.link(path.parents[2] / "precious.json", path)
+
+
+@pytest.mark.parametrize("swap", [link, fifo, hard_link])
+def test_a_file_that_is_swapped_between_look_and_read_is_not_read(
+    spool: Spool, make_intake: MakeIntake, swap: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (spool.root.parent / "precious.json").write_bytes(GRAPH)
+    (spool.new / "x.json").write_bytes(GRAPH)
+    real = os.open
+    swapped: list[str] = []
+
+    def slow_open(path: str, flags: int, *args: int, **fds: int) -> int:
+        claimed = spool.claimed / path
+        if str(path).startswith("x.") and claimed.exists() and not swapped:
+            swapped.append(path)
+            swap(claimed)
+        return real(path, flags, *args, **fds)
+
+    monkeypatch.setattr(os, "open", slow_open)
+    (row,) = rows(take(make_intake(spool)))
+    assert swapped
+    assert (row.state, row.sha256) == (State.COLLECTING, "")
+
+
 def test_a_device_is_not_opened(spool: Spool, make_intake: MakeIntake) -> None:
     try:
         os.mknod(spool.new / "x", 0o20666, os.makedev(1, 3))
