@@ -26,6 +26,7 @@ from comfyd.cli.exits import Refused
 from comfyd.cli.reading import ANSWER_S, ask_daemon
 from comfyd.cli.screen import counted, size
 from comfyd.config import UNREAD, Config, Server
+from comfyd.config.server import is_loopback
 from comfyd.core.snapshot import NOT_ASKED
 from comfyd.core.wire.stats import version_verdict
 from comfyd.errors import ComfydError, ConfigError, ServerError, SpoolBusy
@@ -33,6 +34,7 @@ from comfyd.journal.lock import StateLock
 from comfyd.journal.sqlite import open_readonly
 from comfyd.services.link import client_of
 from comfyd.services.space import INODES, JOURNAL_BYTES
+from comfyd.services.unit import is_known
 from comfyd.spool.layout import MODES, Spool, free_bytes
 from comfyd.spool.removal import REMOVED
 from comfyd.spool.watcher import why_no_events
@@ -90,7 +92,8 @@ def everything(config: Config) -> Iterator[Finding]:
     yield from _checked("state disk", lambda: _file_system(config, "state disk", config.state))
     yield from _checked("events", lambda: _events(config))
     yield from _checked("workflows", lambda: _workflows(config))
-    if status is None:
+    yield from _exposed(config)
+    if daemon[0].level != "problem" and status is None:
         yield from _checked("metrics", lambda: _listen(config))
     yield from _clock()
     yield from _limits()
@@ -218,7 +221,19 @@ def _spool(config: Config, *, running: bool) -> Iterator[Finding]:
         remedy = one or full or "Mend the rights of its folders, or of the file system."
         yield problem(subject, f"A job could not be moved through it: {error}.", remedy)
     else:
+        yield from _doors(spool)
         yield ok(subject, "A job can be moved through it.")
+
+
+def _doors(spool: Spool) -> Iterator[Finding]:
+    """Who may submit: the group of new/ and tmp/, and nobody else."""
+    for path in (spool.new, spool.tmp):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        remedy = f"Run: chmod {MODES[path.name]:o} {shlex.quote(str(path))}"
+        if mode & stat.S_IWOTH:
+            yield warning("spool", f"Everybody may submit: {path} has mode {mode:o}.", remedy)
+        elif not mode & stat.S_IWGRP:
+            yield warning("spool", f"Its group may not submit: {path} has mode {mode:o}.", remedy)
 
 
 def _leftovers(spool: Spool) -> Iterator[Finding]:
@@ -375,7 +390,19 @@ def _workflows(config: Config) -> Iterator[Finding]:
         yield problem("workflows", f"{folder} is no folder.", remedy)
 
 
+def _exposed(config: Config) -> Iterator[Finding]:
+    listen = config.metrics.listen
+    if config.metrics.web_config is None and not is_loopback(listen.host):
+        yield warning(
+            "metrics",
+            f"{listen} can be asked from elsewhere, without a password.",
+            "Set metrics.web_config, or listen on 127.0.0.1.",
+        )
+
+
 def _listen(config: Config) -> Iterator[Finding]:
+    if config.state.is_dir() and not os.access(config.state, os.X_OK):
+        return  # whether a daemon runs, and has it, may not be known
     listen = config.metrics.listen
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as trial:
@@ -509,3 +536,11 @@ def _units(config: Config) -> Iterator[Finding]:
             f"restart_unit is {named[0].restart_unit}, and there is no systemctl here.",
             "Take restart_unit out of the configuration: it works on this machine only.",
         )
+        return
+    for server in named:
+        if trio.run(is_known, str(server.restart_unit)) is False:
+            yield problem(
+                f"server {server.name}",
+                f"restart_unit is {server.restart_unit}, which systemd does not know.",
+                "Name the unit that runs ComfyUI here: systemctl list-units --type=service",
+            )

@@ -9,6 +9,7 @@ import structlog
 import trio
 
 RESTART_S: Final = 120.0  # a ComfyUI that does not end is killed by systemd after 90 s
+KNOWN_S: Final = 10.0
 SAID_CHARS: Final = 400
 
 _log: Any = structlog.get_logger("comfyd.server")
@@ -44,3 +45,16 @@ async def restart_unit(server: str, unit: str, why: str) -> Literal["ok", "faile
         return "failed"
     _log.info("server_restarted", server=server, unit=unit)
     return "ok"
+
+
+async def is_known(unit: str) -> bool | None:
+    """Whether systemd knows *unit*; None if it cannot be asked. Cancellation: at any time."""
+    command = ["systemctl", "--no-pager", "cat", "--", unit]
+    try:
+        with trio.fail_after(KNOWN_S):
+            done = await trio.run_process(
+                command, check=False, capture_stdout=True, capture_stderr=True
+            )
+    except (trio.TooSlowError, OSError):
+        return None
+    return done.returncode == 0

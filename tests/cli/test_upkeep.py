@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from functools import partial
@@ -20,6 +24,7 @@ from comfyd.cli import examine
 from comfyd.config import load
 from comfyd.core.model import JobId, Row, State
 from comfyd.journal.lock import StateLock
+from comfyd.spool.layout import Spool
 from tests.cli.conftest import GRAPH, Serve, Site
 from tests.cli.test_reads import call
 from tests.endtoend.waiting import until
@@ -272,6 +277,82 @@ def test_doctor_does_without_what_only_systemd_can_give(
     [(level, what, _)] = findings(out)["server a"]
     assert level == "ok"
     assert "only the daemon has its credential" in what
+
+
+def may_run(uid: int) -> bool:
+    """Whether that user may run this Python with this comfyd: not where they are in root's home."""
+    program = [sys.executable, "-c", "import comfyd"]
+    try:
+        done = subprocess.run(
+            program, user=uid, extra_groups=[], capture_output=True, timeout=60, check=False
+        )
+    except PermissionError:
+        return False
+    return done.returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can look with another's rights")
+def test_doctor_as_root_looks_with_the_daemons_rights():
+    home = Path(tempfile.mkdtemp(prefix="comfyd-"))
+    try:
+        home.chmod(0o755)
+        token = home / "token"
+        token.write_text("Bearer hunter2")
+        token.chmod(0o600)  # root's
+        spool = Spool(home / "spool")
+        spool.prepare()
+        (home / "state").mkdir(0o700)
+        for path in (home / "state", *home.rglob("spool/**")):
+            os.chown(path, 65534, 65534)
+        headers = "headers: {Authorization: {file: token}}"
+        file = home / "comfyd.yaml"
+        file.write_text(f"servers: [{{name: a, url: 'http://127.0.0.1:9', {headers}}}]\n")
+        command = [sys.executable, "-m", "comfyd", "-c", str(file), "doctor", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1, done.stderr
+        if not may_run(65534):
+            assert "looking with root's rights: nobody may not run" in done.stderr
+            return
+        assert "looking with the rights of nobody" in done.stderr
+        [(level, what, _)] = findings(done.stdout)["configuration"]
+        assert (level, "token: Permission denied" in what) == ("problem", True)
+        os.chown(token, 65534, 65534)
+        spool.claimed.chmod(0o500)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        [(level, what, _)] = findings(done.stdout)["spool"]
+        assert (level, "Permission denied" in what) == ("problem", True)
+    finally:
+        shutil.rmtree(home)
+
+
+def test_doctor_says_who_may_submit(site: Site):
+    site.spool.new.chmod(0o3777)
+    site.spool.tmp.chmod(0o3750)
+    everybody, nobody, _ = findings(site("doctor", "--json")[1])["spool"]
+    assert everybody[1] == f"Everybody may submit: {site.spool.new} has mode 3777."
+    assert nobody[2] == f"Run: chmod 3770 {site.spool.tmp}"
+
+
+def test_doctor_minds_pages_that_anybody_can_ask_for(site: Site):
+    text = site.config.read_text()
+    site.config.write_text(text.replace("127.0.0.1:0", "0.0.0.0:0"))
+    [(level, what, _)] = findings(site("doctor", "--json")[1])["metrics"]
+    assert (level, "without a password" in what) == ("warning", True)
+
+
+def test_doctor_asks_systemd_for_the_unit_that_is_to_be_restarted(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+):
+    fake = site.home / "systemctl"
+    fake.write_text('#!/bin/sh\ntest "$*" = "--no-pager cat -- there.service"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(site.home), prepend=os.pathsep)
+    servers = [f"{{name: {n}, url: 'http://127.0.0.1:{p}', restart_unit: {n}.service}}" for n, p in
+               (("there", 8), ("gone", 9))]  # fmt: skip
+    site.config.write_text(site.config.read_text() + f"servers: [{', '.join(servers)}]\n")
+    found = findings(site("doctor", "--json")[1])
+    assert not any("systemd does not know" in what for _, what, _ in found["server there"])
+    assert "restart_unit is gone.service, which systemd does not know." in found["server gone"][-1]
 
 
 async def test_doctor_tells_what_only_the_daemon_finds(site: Site, daemon: Serve):
