@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pwd
 import sys
@@ -52,9 +53,11 @@ def _look_as_the_daemon(args: argparse.Namespace) -> None:
         return
     pid = os.fork()
     if pid == 0:
-        _become(user)
-        needed = (__file__, os.__file__, sys.executable)
-        os._exit(not all(os.access(path, os.R_OK) for path in needed))
+        may = False
+        with contextlib.suppress(OSError):
+            _become(user)
+            may = all(os.access(path, os.R_OK) for path in (__file__, os.__file__, sys.executable))
+        os._exit(not may)
     if os.waitpid(pid, 0)[1] != 0:  # such as when all of it lies in root's home
         say(f"comfyd: looking with root's rights: {user.pw_name} may not run {sys.executable}")
         return
