@@ -93,8 +93,7 @@ async def a_connection_that_breaks_before_the_end(world: World) -> None:
 
 
 async def an_end_that_is_not_told(world: World) -> None:
-    world.simulator.faults.set("drop-end")
-    world.simulator.faults.set("drop-status")
+    world.simulator.faults.set("drop-end")  # all else is told: the socket is not deaf
     await world.drop(picture(4))
 
 
