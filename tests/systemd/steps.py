@@ -162,6 +162,13 @@ def reload(run: Run) -> None:
     run.check(comfyd.ready() and comfyd.pid == pid, "the same process runs on")
     machine.run(f"sed -i '/nonsense/d' {config}; kill -HUP {pid}")
     machine.until("the good one is taken again", lambda: comfyd.metrics()[good] == 1, 15)
+    machine.run(f"sed -i 's#^state: .*#&-2#' {config}; systemctl reload comfyd", code=1)
+    machine.until("another state folder is refused", lambda: comfyd.metrics()[good] == 0, 15)
+    run.check(
+        "that needs a restart" in machine.ask("journalctl -u comfyd -n 20"), "and it says why"
+    )
+    machine.run(f"sed -i '/^state:/s#-2$##' {config}; systemctl reload comfyd")
+    run.check(comfyd.metrics()[good] == 1, "the good one is taken again")
     run.check(comfyd.pid == pid, "all in one process")
     comfyd.all_delivered()
 
