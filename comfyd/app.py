@@ -330,7 +330,9 @@ async def _run(
         listen = config.metrics.listen
         pages = site.build(
             metrics,
-            Reads(snapshot=overview.snapshot, rows=desk.rows, story=desk.exactly),
+            Reads(
+                snapshot=overview.snapshot, rows=desk.rows, latest=desk.latest, story=desk.exactly
+            ),
             lambda: Readiness(
                 journal_open=True, spool_watched=watched.is_set(), listener_bound=True
             ),

@@ -255,7 +255,7 @@ class Metrics:
         )
         self._draining = gauge(
             "comfyd_server_draining",
-            "Whether a person asked to send the server nothing more, whatever its state.",
+            "Whether the server is to get nothing more: drained, or configured no more; up or not.",
             server=SERVER,
         )
         self._info = gauge(

@@ -10,7 +10,7 @@ from grafana_foundation_sdk.builders import prometheus
 from grafana_foundation_sdk.models import dashboard as model
 
 from grafana.panels import BLUE, DATASOURCE, ORANGE, RED, RUNBOOKS, Drawn
-from grafana.queries import LATELY, daemon, largest, server
+from grafana.queries import LATELY, daemon, largest, of_comfyd, server
 
 TAG: Final = "comfyd"
 
@@ -93,7 +93,10 @@ def _annotations(*, servers: bool) -> list[build.AnnotationQuery]:
             "comfyd started",
             BLUE,
             largest(
-                f"changes({started}[{LATELY}]) > 0 or {started} unless {started} offset {LATELY}",
+                of_comfyd(
+                    f"(changes({started}[{LATELY}]) > 0"
+                    f" or {started} unless {started} offset {LATELY})"
+                ),
                 "instance",
             ),
             "{{instance}}",

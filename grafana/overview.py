@@ -28,6 +28,7 @@ from grafana.queries import (
     events,
     largest,
     mean,
+    of_comfyd,
     per_minute,
     quantile,
     smallest,
@@ -42,6 +43,10 @@ OUTCOMES = {"done": GREEN, "failed": RED, "cancelled": GREY}
 _LEFT = total(daemon("comfyd_jobs", 'state!="held"'), "instance")
 _RUN_TIME = within(daemon("comfyd_job_duration_seconds_sum", 'phase="run"'), "1h", "instance")
 _RUNS = within(daemon("comfyd_job_duration_seconds_count", 'phase="run"'), "1h", "instance")
+_TROUBLED = (
+    daemon("comfyd_server_state", 'state=~"down|wedged|deaf"')
+    + f" unless on (job, instance, server) {daemon('comfyd_server_draining')} == 1"
+)
 _WORKING = total(daemon("comfyd_server_state", 'state=~"up|deaf"'), "instance")
 EMPTY_IN = f"{_LEFT} * {_RUN_TIME} / ({_RUNS} > 0) / ({_WORKING} > 0) or ({_LEFT} == 0)"
 
@@ -57,7 +62,7 @@ def overview() -> build.Dashboard:
                 3,
                 ("ComfydDown", "ComfydRestarting"),
             ),
-            Query(smallest(daemon("up"))),
+            Query(smallest(of_comfyd(daemon("up")))),
             {1: ("up", GREEN), 0: ("DOWN", RED)},
         ),
         number(
@@ -73,7 +78,7 @@ def overview() -> build.Dashboard:
                     "ComfydSocketDeaf",
                 ),
             ),
-            Query(total(daemon("comfyd_server_state", 'state=~"down|wedged|deaf"'))),
+            Query(f"{total(_TROUBLED)} or vector(0)"),
             "short",
             steps=[(None, GREEN), (1, ORANGE)],
         ),
@@ -320,7 +325,7 @@ def overview() -> build.Dashboard:
         ),
         number(
             About("Memory of the daemon", "Resident memory of its process.", 4),
-            Query(total(daemon("process_resident_memory_bytes"))),
+            Query(total(of_comfyd(daemon("process_resident_memory_bytes")))),
             "bytes",
         ),
         listing(

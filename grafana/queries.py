@@ -18,6 +18,12 @@ def daemon(metric: str, *matchers: str) -> str:
     return f"{metric}{{{everything}}}"
 
 
+def of_comfyd(expr: str) -> str:
+    """*expr* about metrics that other programs have, too: of what was comfyd within a day."""
+    known = f"last_over_time({daemon('comfyd_build_info')}[1d])"
+    return f"({expr} and on (job, instance) {known})"
+
+
 def server(metric: str, *matchers: str) -> str:
     """The series of *metric* of the chosen servers of the chosen daemons."""
     return daemon(metric, 'server=~"$server"', *matchers)

@@ -20,7 +20,7 @@ from grafana.panels import (
     row,
     stacked,
 )
-from grafana.queries import daemon, events, per_minute, quantile, server, total, within
+from grafana.queries import daemon, events, of_comfyd, per_minute, quantile, server, total, within
 
 SOURCES = {"signal": GREEN, "reconnect": YELLOW, "audit": ORANGE, "recovery": BLUE}
 
@@ -112,8 +112,8 @@ def reliability() -> build.Dashboard:
                 ("ComfydSocketFlapping",),
             ),
             Query(
-                events(server("comfyd_websocket_disconnects_total"), "server, cause"),
-                "{{server}}: {{cause}}",
+                events(server("comfyd_websocket_disconnects_total"), "instance, server, cause"),
+                "{{server}} of {{instance}}: {{cause}}",
             ),
         ),
         row("What is lost and done again?"),
@@ -126,8 +126,8 @@ def reliability() -> build.Dashboard:
                 ("ComfydAttemptsLost",),
             ),
             Query(
-                events(server("comfyd_attempts_lost_total"), "server, cause"),
-                "{{server}}: {{cause}}",
+                events(server("comfyd_attempts_lost_total"), "instance, server, cause"),
+                "{{server}} of {{instance}}: {{cause}}",
             ),
         ),
         bars(
@@ -138,7 +138,10 @@ def reliability() -> build.Dashboard:
                 8,
                 ("ComfydAttemptsLost",),
             ),
-            Query(events(server("comfyd_attempts_charged_total"), "server"), "{{server}}"),
+            Query(
+                events(server("comfyd_attempts_charged_total"), "instance, server"),
+                "{{server}} of {{instance}}",
+            ),
         ),
         bars(
             About(
@@ -209,8 +212,8 @@ def reliability() -> build.Dashboard:
                 ("ComfydServerWedged",),
             ),
             Query(
-                events(server("comfyd_server_restarts_total"), "server, result"),
-                "{{server}}: {{result}}",
+                events(server("comfyd_server_restarts_total"), "instance, server, result"),
+                "{{server}} of {{instance}}: {{result}}",
             ),
         ),
         graph(
@@ -219,7 +222,7 @@ def reliability() -> build.Dashboard:
                 "Of the daemon. A line that only climbs is a leak.",
                 6,
             ),
-            [Query(daemon("process_open_fds"), "{{instance}}")],
+            [Query(of_comfyd(daemon("process_open_fds")), "{{instance}}")],
             "short",
         ),
     ]

@@ -35,7 +35,7 @@ _EACH = " or ".join(
 )
 
 BY_SERVER = "instance, server"
-NAME = "{{server}}"
+NAME = "{{server}} of {{instance}}"
 
 
 def servers() -> build.Dashboard:
@@ -176,8 +176,8 @@ def servers() -> build.Dashboard:
                 ("ComfydSocketDeaf", "ComfydSocketFlapping"),
             ),
             Query(
-                events(server("comfyd_websocket_connects_total"), "server, result"),
-                "{{server}}: {{result}}",
+                events(server("comfyd_websocket_connects_total"), "instance, server, result"),
+                "{{server}} of {{instance}}: {{result}}",
             ),
         ),
         row("Have they memory?"),
@@ -192,7 +192,7 @@ def servers() -> build.Dashboard:
                 Query(
                     f"1 - {server('comfyd_server_vram_free_bytes')}"
                     f" / ({server('comfyd_server_vram_total_bytes')} > 0)",
-                    "{{server}} {{device}}",
+                    "{{server}} of {{instance}}, {{device}}",
                 )
             ],
             "percentunit",
@@ -200,7 +200,12 @@ def servers() -> build.Dashboard:
         ).max(1),
         graph(
             About("Free memory", "Of each device, as the server says.", 8),
-            [Query(server("comfyd_server_vram_free_bytes"), "{{server}} {{device}}")],
+            [
+                Query(
+                    server("comfyd_server_vram_free_bytes"),
+                    "{{server}} of {{instance}}, {{device}}",
+                )
+            ],
             "bytes",
         ),
         listing(

@@ -11,6 +11,8 @@ from comfyd.core.snapshot import NOT_ASKED, ServerState, ServerView, Snapshot
 
 RECENT_S: Final = 3600.0
 """A failure is news for so long."""
+FAILED_MAX: Final = 50
+"""So many failures are looked at, to tell how many of them are news."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ def needs(now: Snapshot, failed: Iterable[Row]) -> tuple[Need, ...]:
     """All that is not as it should be, the worst first; empty if everything is fine.
 
     Args:
-      failed: The latest failures; those that are older than RECENT_S do not count.
+      failed: The latest failures, FAILED_MAX at most; those that are older than RECENT_S do not
+        count.
 
     """
     found = [Need(now.waiting, "daemon")] if now.waiting else []
@@ -45,11 +48,11 @@ def needs(now: Snapshot, failed: Iterable[Row]) -> tuple[Need, ...]:
     stale = sum(server.stale for server in now.servers)
     if stale:
         found.append(Need(f"{_jobs(stale)} silent for too long.", "jobs"))
-    news = sum(_ended(row) > now.at - RECENT_S for row in failed)
+    news = sum((row.over_at or 0.0) > now.at - RECENT_S for row in failed)
     if news:
-        found.append(
-            Need(f"{news} {'job' if news == 1 else 'jobs'} failed within the hour.", "failed")
-        )
+        more = " or more" if news >= FAILED_MAX else ""
+        jobs = "job" if news == 1 else "jobs"
+        found.append(Need(f"{news}{more} {jobs} failed within the hour.", "failed"))
     return tuple(found)
 
 
@@ -64,7 +67,3 @@ def _sentence(server: ServerView) -> str:
 
 def _jobs(count: int) -> str:
     return "1 job is" if count == 1 else f"{count} jobs are"
-
-
-def _ended(row: Row) -> float:
-    return row.claimed_at if row.published_at is None else row.published_at

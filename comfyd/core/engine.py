@@ -116,6 +116,7 @@ class Engine:
         self._prompts: dict[PromptId, JobId] = {}
         self._ahead = LookAhead(self.jobs)
         self._wakes = Wakes(policy)
+        self._heard_s: dict[ServerName, float] = {}  # when a prompt of ours there was heard last
         self._recall_s = math.inf  # when to think of fetching a prompt back
         self._now_s = 0.0
         self._pending = Pending()
@@ -134,7 +135,7 @@ class Engine:
         new = copy.copy(self)
         new.fleet = self.fleet.fork()
         new.jobs, new.counts = dict(self.jobs), self.counts.copy()
-        new._prompts = dict(self._prompts)
+        new._prompts, new._heard_s = dict(self._prompts), dict(self._heard_s)
         new._ahead, new._wakes = self._ahead.fork(new.jobs), self._wakes.fork()
         new._pending = Pending()
         return new
@@ -275,9 +276,13 @@ class Engine:
     def stale(self, server: ServerName, *, now_s: float) -> int:
         """Prompts on *server* that have been silent for longer than ``stale_after``."""
         return sum(
-            is_stale(self.jobs[job_id], self.policy, now_s=now_s)
-            for job_id in self.on_server[server]
+            self.is_stale(self.jobs[job_id], now_s=now_s) for job_id in self.on_server[server]
         )
+
+    def is_stale(self, job: Job, *, now_s: float) -> bool:
+        """Whether *job* has a prompt that has been silent for longer than ``stale_after``."""
+        heard_s = self._heard_s.get(job.row.server or ServerName(""), -math.inf)
+        return is_stale(job, self.policy, now_s=now_s, server_heard_s=heard_s)
 
     def trouble(self, server: ServerName) -> str:
         """Why a server that answers is given nothing more, as a sentence; "" if all is well."""
@@ -512,6 +517,7 @@ class Engine:
             if not server.leaving or self._work_of(server):
                 continue
             self.fleet.remove(server.name)
+            self._heard_s.pop(server.name, None)
             self._pending.orders.append(Dismiss(server=server.name, origin=server.origin))
             if server.draining:
                 self._remember(DRAINING, self._draining())
@@ -613,6 +619,7 @@ class Engine:
         server = self.servers.get(hint.server)
         if server is not None and (server.wedged or server.idle_since_s is not None):
             self.fleet.put(server.at_work())
+        self._heard_s[hint.server] = now_s
         first = job.row.started_at is None
         self._step(job, hint, now_s, u)
         if first:  # a sign of its start may have been overtaken by that of its end

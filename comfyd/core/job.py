@@ -184,9 +184,18 @@ class Step:
     urgent: bool = True
 
 
-def is_stale(job: Job, policy: Policy, *, now_s: float) -> bool:
-    """Whether a prompt on a server has been silent for longer than ``stale_after``."""
-    return job.row.state in IN_FLIGHT and now_s - job.live.heard_s >= policy.stale_after_s
+def is_stale(job: Job, policy: Policy, *, now_s: float, server_heard_s: float) -> bool:
+    """Whether a prompt on a server has been silent for longer than ``stale_after``.
+
+    Args:
+      server_heard_s: When any prompt of ours there was heard last: one that waits is not silent
+        as long as those before it are not.
+
+    """
+    heard_s = job.live.heard_s
+    if job.row.started_at is None:
+        heard_s = max(heard_s, server_heard_s)
+    return job.row.state in IN_FLIGHT and now_s - heard_s >= policy.stale_after_s
 
 
 def deadline(job: Job, policy: Policy) -> tuple[float, Reason] | None:

@@ -281,6 +281,13 @@ class Row(Value, frozen=True):
     retired: bool = False
 
     @property
+    def over_at(self) -> float | None:
+        """When it was published; None before."""
+        if not self.state.final:
+            return None
+        return self.claimed_at if self.published_at is None else self.published_at
+
+    @property
     def refused(self) -> bool:
         """Whether some server has said no to it."""
         return bool(self.verdicts)

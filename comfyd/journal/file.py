@@ -20,6 +20,8 @@ from comfyd.errors import (
 )
 from comfyd.journal.schema import APPLICATION_ID, VERSION
 
+# Of the journal, and of the index of its WAL, which is made when it is opened.
+_WRITES: Final = {sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE}
 _PROBE_BYTES: Final = 64 << 10
 # Far more versions than there will ever be: such a number was not written by any comfyd.
 _VERSIONS: Final = 10_000
@@ -75,9 +77,7 @@ def translate(path: Path, error: sqlite3.Error) -> DiskFull | SpoolBusy | Journa
     match code & 0xFF:  # the rest tells the same error more precisely
         case sqlite3.SQLITE_FULL:
             return DiskFull(f"{path}: no space left to write the journal")
-        case sqlite3.SQLITE_IOERR if code == sqlite3.SQLITE_IOERR_WRITE and (
-            why := _refusal(path.parent)
-        ):
+        case sqlite3.SQLITE_IOERR if code in _WRITES and (why := _refusal(path.parent)):
             return DiskFull(f"{path}: the journal cannot be written: {why}")
         case sqlite3.SQLITE_BUSY:
             return SpoolBusy(f"{path}: another program has the journal open; close it")

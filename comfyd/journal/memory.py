@@ -171,6 +171,10 @@ class MemoryStore:
         ]
         return tuple(page[:limit])
 
+    def latest(self, state: State, *, limit: int) -> tuple[Row, ...]:
+        over = [row for row in self.rows_by_job.values() if row.state is state and state.final]
+        return tuple(sorted(over, key=lambda row: (row.over_at, row.seq), reverse=True)[:limit])
+
     def events(self, job: JobId) -> tuple[Event, ...]:
         return tuple(event for _, _, event in self._events if event.job == job)
 

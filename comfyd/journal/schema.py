@@ -149,6 +149,14 @@ _VERSION_4: Final = (
     """
     CREATE INDEX queue ON jobs (refused, priority DESC, seq, not_before) WHERE state = 'queued'
     """,
+    # When it was published, NULL before: the last to end may have been the first to arrive.
+    "ALTER TABLE jobs ADD COLUMN over REAL",
+    """
+    UPDATE jobs
+    SET over = coalesce(json_extract(CAST(data AS TEXT), '$.published_at'), claimed_at)
+    WHERE state IN ('done', 'failed', 'cancelled')
+    """,
+    "CREATE INDEX by_end ON jobs (state, over) WHERE over IS NOT NULL",
 )
 
 MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
@@ -158,13 +166,14 @@ VERSION: Final = len(MIGRATIONS)
 
 INSERT: Final = """
   INSERT OR IGNORE INTO jobs (state, version, priority, not_before, claimed_at, retired, key,
-                              server, prompt_id, queue_by, refused, data, crc, seq, job)
-  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                              server, prompt_id, queue_by, refused, over, data, crc, seq,
+                              job)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 UPDATE: Final = """
   UPDATE jobs SET state = ?, version = ?, priority = ?, not_before = ?, claimed_at = ?,
                   retired = ?, key = ?, server = ?, prompt_id = ?, queue_by = ?, refused = ?,
-                  data = ?, crc = ?
+                  over = ?, data = ?, crc = ?
   WHERE seq = ? AND job = ?
 """
 ALIAS: Final = """
@@ -230,6 +239,10 @@ COUNTS: Final = "SELECT state, jobs FROM counts"
 OLDEST: Final = "SELECT claimed_at FROM jobs WHERE state = ? ORDER BY seq LIMIT 1"
 PAGE: Final = "SELECT data FROM jobs WHERE seq < ? ORDER BY seq DESC LIMIT ?"
 PAGE_OF_STATE: Final = "SELECT data FROM jobs WHERE state = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
+LATEST: Final = """
+  SELECT data FROM jobs INDEXED BY by_end
+  WHERE state = ? AND over IS NOT NULL ORDER BY over DESC, seq DESC LIMIT ?
+"""
 KEYED: Final = "SELECT data FROM jobs WHERE key = ? ORDER BY seq DESC LIMIT 1"
 NAMED: Final = "SELECT data FROM jobs WHERE job = (SELECT job FROM names WHERE name = ?)"
 BEGINNING: Final = "SELECT data FROM jobs WHERE job BETWEEN ? AND ? ORDER BY job DESC LIMIT ?"

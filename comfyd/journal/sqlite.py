@@ -290,6 +290,9 @@ class SqliteStore:
             return self._rows(schema.PAGE, before, limit)
         return self._rows(schema.PAGE_OF_STATE, state.value, before, limit)
 
+    def latest(self, state: State, *, limit: int) -> tuple[Row, ...]:
+        return self._rows(schema.LATEST, state.value, limit)
+
     def events(self, job: JobId) -> tuple[Event, ...]:
         return tuple(
             Event(job=job, at=at, kind=kind, data=_story(data))
@@ -413,6 +416,7 @@ class SqliteStore:
             row.prompt_id,
             row.queue_by,
             row.refused,
+            row.over_at,
             data,
             zlib.crc32(data),
             row.seq,

@@ -211,6 +211,10 @@ class Reads(Protocol):
         """
         ...
 
+    def latest(self, state: State, *, limit: int) -> tuple[Row, ...]:
+        """The rows in *state*, a final one, that were published last, the last one first."""
+        ...
+
     def events(self, job: JobId) -> tuple[Event, ...]:
         """The job's story in the order it was written."""
         ...

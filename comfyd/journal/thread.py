@@ -131,6 +131,9 @@ class Journal:
     ) -> tuple[Row, ...]:
         return await self._call(self._store.rows, state, limit=limit, after=after)
 
+    async def latest(self, state: State, *, limit: int) -> tuple[Row, ...]:
+        return await self._call(self._store.latest, state, limit=limit)
+
     async def events(self, job: JobId) -> tuple[Event, ...]:
         return await self._call(self._store.events, job)
 

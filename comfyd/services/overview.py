@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 from comfyd.core.engine import Engine
-from comfyd.core.job import Job, durations_s, is_stale
+from comfyd.core.job import Job, durations_s
 from comfyd.core.model import JobId, PromptId, Row, ServerName, State
 from comfyd.core.notes import Note
 from comfyd.core.pace import RUNS, Forecast, Lane, Pace, forecast
@@ -186,7 +186,7 @@ class Overview:
             window=server.room(self._engine.policy),
             queue_remaining=server.remaining if stats is not None else None,
             stale=self._engine.stale(server.name, now_s=at),
-            draining=server.draining,
+            draining=server.retiring,
             run_s=self._pace.run_s(server.name),
             missed=self._missed_counts[server.name],
             version="" if stats is None else stats.version,
@@ -234,9 +234,9 @@ class Overview:
             server=row.server,
             prompt_id=row.prompt_id,
             attempt=row.attempt,
-            since=live.since_s,
+            since=_since(job),
             silent_s=at - live.heard_s if row.state.in_flight else None,
-            stale=is_stale(job, self._engine.policy, now_s=at),
+            stale=self._engine.is_stale(job, now_s=at),
             progress=self._progress(row),
             ready_s=ready_s.get(row.job),
         )
@@ -245,6 +245,17 @@ class Overview:
         if row.server is None or row.prompt_id is None or not row.state.in_flight:
             return None
         return self._watched(row.server, row.origin or "").progress(row.prompt_id)
+
+
+def _since(job: Job) -> float:
+    """When it entered the state that is shown; known after a restart, too, if the journal says."""
+    match shown_state(job.row):
+        case "running" if job.row.started_at is not None:
+            return job.row.started_at
+        case "submitted" if job.row.submitted_at is not None:
+            return job.row.submitted_at
+        case _:
+            return job.live.since_s
 
 
 def _queued(row: Row, position: int, ready_s: float | None) -> QueuedView:

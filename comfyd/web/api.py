@@ -39,12 +39,15 @@ class Reads:
       snapshot: The daemon now.
       rows: One page of rows, newest first: in this state of the journal, at most *limit*, older
         than the seq *after*.
+      latest: The rows in this final state that were published last, the last one first, at most
+        *limit*.
       story: The row of exactly this job and its events, or None.
 
     """
 
     snapshot: Callable[[], Awaitable[Snapshot]]
     rows: Callable[[State | None, int, int | None], Awaitable[Iterable[Row]]]
+    latest: Callable[[State, int], Awaitable[Iterable[Row]]]
     story: Callable[[str], Awaitable[tuple[Row, Iterable[Told]] | None]]
 
 

@@ -48,6 +48,9 @@ class Desk:
     async def rows(self, state: State | None, limit: int, after: int | None) -> Iterable[Row]:
         return await self._journal.rows(state, limit=limit, after=after)
 
+    async def latest(self, state: State, limit: int) -> Iterable[Row]:
+        return await self._journal.latest(state, limit=limit)
+
     async def exactly(self, job: str) -> tuple[Row, tuple[Event, ...]] | None:
         row = await self._journal.get(JobId(job))
         return None if row is None else (row, await self._journal.events(row.job))

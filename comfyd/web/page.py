@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from comfyd.core.attention import Need, needs
+from comfyd.core.attention import FAILED_MAX, Need, needs
 from comfyd.core.model import Row, State
 from comfyd.core.present import SHOWN_STATES, job_summary
 from comfyd.core.snapshot import Snapshot
@@ -30,7 +30,6 @@ from comfyd.web.api import Reads
 
 JOBS: Final = 50  # at hand: more would be a long page, fetched every two seconds
 RECENT: Final = 10  # of each: failures, results, held jobs
-FAILED: Final = 50  # looked at, to tell how many of them are news
 REFRESH_S: Final = 10
 NAME_MAX: Final = 200
 
@@ -117,7 +116,7 @@ def size(count: int | None) -> str:
 
 
 def _name(value: object) -> str:
-    return f"<bdi>{text(value)}</bdi>"
+    return "" if value is None else f"<bdi>{text(value)}</bdi>"
 
 
 def _state(state: str) -> str:
@@ -472,21 +471,17 @@ def _missed(status: dict[str, Any], now: float, ats: Sequence[float]) -> str:
     )
 
 
-def _latest(rows: Iterable[Row]) -> list[Row]:
-    """Those published last first; they came in the order of their arrival."""
-    return sorted(rows, key=lambda row: row.published_at or 0.0, reverse=True)
-
-
 def render(
     now: Snapshot, *, held: Iterable[Row], failed: Iterable[Row], done: Iterable[Row]
 ) -> str:
     """The page.
 
     Args:
-      held, failed, done: The latest of each; of the failures FAILED, of the others RECENT.
+      held: The last that arrived, at most RECENT.
+      failed, done: Those published last, the last one first; of the failures FAILED_MAX at most.
 
     """
-    held, failed, done = list(held), _latest(failed), _latest(done)
+    held, failed, done = list(held), list(failed), list(done)
     status, found = now.to_dict(), needs(now, failed)
     status["jobs"] = dict.fromkeys(SHOWN_STATES, 0) | status["jobs"]
     title = f"({len(found)}) comfyd" if found else "comfyd"
@@ -525,8 +520,8 @@ def routes(reads: Reads) -> list[Route]:
         content = render(
             await reads.snapshot(),
             held=await reads.rows(State.HELD, RECENT, None),
-            failed=await reads.rows(State.FAILED, FAILED, None),
-            done=await reads.rows(State.DONE, RECENT, None),
+            failed=await reads.latest(State.FAILED, FAILED_MAX),
+            done=await reads.latest(State.DONE, RECENT),
         )
         return HTMLResponse(content, headers={"content-security-policy": POLICY})
 

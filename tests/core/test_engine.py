@@ -345,6 +345,18 @@ def test_the_queue_in_memory_is_bounded_and_refilled_in_order():
     assert sent == [f"j{i:05}" for i in range(total)]
 
 
+def test_a_prompt_that_waits_is_not_silent_while_one_before_it_is_heard():
+    rig = Rig(2)
+    rig.drop("runs", "waits")
+    rig.accept("runs", "waits")
+    for _ in range(3):
+        rig.hint("runs", Sign.ALIVE)
+        rig.now_s += POLICY.stale_after_s / 2
+    assert rig.engine.stale(A, now_s=rig.now_s) == 0
+    rig.now_s += POLICY.stale_after_s / 2
+    assert rig.engine.stale(A, now_s=rig.now_s) == 2
+
+
 def test_jobs_that_wait_for_the_only_server_left_hide_no_others():
     rig = Rig(1, 1)
     total = LOOK_AHEAD + 2 * REFUSED_AHEAD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -100,4 +101,9 @@ def test_a_start_of_comfyd_is_marked(tmp_path, life, minute, marked):
             for mark in board["annotations"]["list"]
             if mark["name"] == "comfyd started"
         ]
-        answers(tmp_path, query, {f"process_start_time_seconds{{{LABELS}}}": life}, minute, marked)
+        series = {
+            f"process_start_time_seconds{{{LABELS}}}": life,
+            'process_start_time_seconds{job="node", instance="here"}': "1x2 _x2 2x9",
+            f"comfyd_build_info{{{LABELS}}}": re.sub(r"\d+x", "1x", life),
+        }
+        answers(tmp_path, query, series, minute, marked)

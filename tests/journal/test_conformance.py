@@ -272,6 +272,8 @@ class Conformance(RuleBasedStateMachine):
                 ours = store.candidates(2, now_s, refused=refused)
                 assert ours == model.candidates(2, now_s, refused=refused)
             assert store.overdue(2, now_s) == model.overdue(2, now_s)
+        for state in (State.DONE, State.FAILED, State.CANCELLED):
+            assert store.latest(state, limit=2) == model.latest(state, limit=2)
         assert store.fences() == model.fences()
         assert store.remembered() == model.remembered()
         assert store.counts() == model.counts()

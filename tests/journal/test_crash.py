@@ -114,7 +114,7 @@ folder = Path(sys.argv[1])
 ballast = folder / "ballast"
 path = folder / "state" / "journal.db"
 store = SqliteStore.open(path)
-ballast.write_bytes(bytes(300_000))
+ballast.write_bytes(bytes(500_000))
 committed = 0
 try:
     while True:
@@ -143,8 +143,44 @@ print("ok")
 """
 
 
-def test_a_really_full_disk_is_a_refusal_too(tmp_path):
-    mount = 'mount -t tmpfs -o size=900k none "$1" && exec "$2" -c "$3" "$1"'
+# A crash, and no space for the index that SQLite makes of the log it finds.
+REAL_FULL_START = """
+import os, subprocess, sys
+from pathlib import Path
+from comfyd.errors import DiskFull
+from comfyd.journal.sqlite import SqliteStore
+
+folder = Path(sys.argv[1])
+path = folder / "state" / "journal.db"
+crash = "import os, sys; from pathlib import Path; from tests.journal.writer import big"
+crash += "; from comfyd.journal.sqlite import SqliteStore; s = SqliteStore.open(Path(sys.argv[1]))"
+crash += "; s.commit(big(1)); os._exit(0)"
+subprocess.run([sys.executable, "-c", crash, str(path)], check=True)
+assert path.with_name("journal.db-wal").stat().st_size > 0
+path.with_name("journal.db-shm").unlink(missing_ok=True)
+ballast = folder / "ballast"
+try:
+    with open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+except OSError:
+    pass
+try:
+    SqliteStore.open(path)
+except DiskFull as error:
+    assert "No space left" in str(error), error
+else:
+    raise AssertionError("there is no space")
+ballast.unlink()
+store = SqliteStore.open(path)
+assert [row.seq for row in store.rows(limit=9)] == [1]
+print("ok")
+"""
+
+
+@pytest.mark.parametrize("program", [REAL_FULL_DISK, REAL_FULL_START], ids=["commit", "start"])
+def test_a_really_full_disk_is_a_refusal_too(tmp_path, program):
+    mount = 'mount -t tmpfs -o size=1200k none "$1" && exec "$2" -c "$3" "$1"'
     unshare = shutil.which("unshare")
     if unshare is None:
         pytest.skip("needs unshare(1)")
@@ -152,7 +188,7 @@ def test_a_really_full_disk_is_a_refusal_too(tmp_path):
     if subprocess.run([*namespace, "true"], capture_output=True, timeout=10).returncode:
         pytest.skip("may not make a namespace to mount a small disk in")
     finished = subprocess.run(
-        [*namespace, "sh", "-c", mount, "sh", str(tmp_path), sys.executable, REAL_FULL_DISK],
+        [*namespace, "sh", "-c", mount, "sh", str(tmp_path), sys.executable, program],
         cwd=ROOT,
         capture_output=True,
         text=True,

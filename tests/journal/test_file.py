@@ -334,6 +334,7 @@ def test_a_journal_of_version_1_becomes_one_of_today_with_its_jobs_and_fences(pa
         (Kept(job=JobId("lynx.01E"), place=Place.FAILED, at=0.0),),
     ]
     assert store.tally(Place.DONE) == Tally(count=1, bytes=77)
+    assert [row.job for row in store.latest(State.DONE, limit=9)] == ["hare.01D"]
     limited = replace(fox, version=1, queue_by=5.0)
     assert store.commit(Batch(changes=(Update(row=limited, expected=0),))) == (True,)
     assert store.overdue(9, 1e9).rows == (limited,)

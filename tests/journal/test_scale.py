@@ -26,6 +26,7 @@ QUESTIONS = {
     "oldest": (schema.OLDEST, ("queued",)),
     "page": (schema.PAGE, (1000, 100)),
     "page of a state": (schema.PAGE_OF_STATE, ("queued", 1000, 100)),
+    "latest": (schema.LATEST, ("done", 10)),
     "keyed": (schema.KEYED, ("key-7",)),
     "named": (schema.NAMED, ("no-such-name",)),
     "beginning": (schema.BEGINNING, ("job-77", "job-77\x7f", 20)),

@@ -164,6 +164,19 @@ def test_candidates_come_by_priority_then_arrival_when_they_are_due(store):
     assert seqs(9, 30.0) == ([6, 2, 4, 1, 3, 5], None)
 
 
+def test_the_latest_are_those_published_last_whenever_they_came(store):
+    over = {1: 90.0, 2: 10.0, 3: 20.0, 4: None, 5: 20.0}
+    rows = [
+        Row(job=JobId(f"job.{seq}"), seq=seq, state=State.FAILED, claimed_at=15.0, published_at=at)
+        for seq, at in over.items()
+    ]
+    other = Row(job=JobId("done"), seq=6, state=State.DONE, published_at=99.0)
+    store.commit(Batch(changes=tuple(Insert(row=row) for row in (*rows, other))))
+    assert [row.seq for row in store.latest(State.FAILED, limit=9)] == [1, 5, 3, 4, 2]
+    assert [row.seq for row in store.latest(State.FAILED, limit=2)] == [1, 5]
+    assert store.latest(State.CANCELLED, limit=9) == ()
+
+
 def test_candidates_that_a_server_refused_are_asked_for_apart(store):
     said = (
         Verdict(

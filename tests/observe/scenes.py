@@ -320,7 +320,7 @@ SCENES: Final = {
     "wedged": Scene(
         worker_dies, frozenset({"ComfydNoServerUsable"}), PATIENT, server={"restart_unit": NO_UNIT}
     ),
-    "deaf": Scene(stalled_publisher, frozenset({"ComfydSocketFlapping"}), PATIENT),
+    "deaf": Scene(stalled_publisher, settings=PATIENT),
     "refuses": Scene(no_websocket),
     "silent": Scene(lost_end_signals, settings=PATIENT),
     "flaps": Scene(bad_line),

@@ -55,6 +55,11 @@ class Fixed:
         ]
         return newest_first[:limit]
 
+    async def latest(self, state, limit):
+        await trio.lowlevel.checkpoint()
+        over = [one for one in self.rows if one.state is state]
+        return sorted(over, key=lambda one: one.over_at, reverse=True)[:limit]
+
     async def story(self, job):
         await trio.lowlevel.checkpoint()
         for one in self.rows:

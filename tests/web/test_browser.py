@@ -61,7 +61,9 @@ class Site:
     async def _run(self) -> None:
         self._token, self._stop = trio.lowlevel.current_trio_token(), trio.Event()
         fixed = self.fixed
-        reads = Reads(snapshot=fixed.snapshot, rows=fixed.page, story=fixed.story)
+        reads = Reads(
+            snapshot=fixed.snapshot, rows=fixed.page, latest=fixed.latest, story=fixed.story
+        )
         app = site.build(Metrics(CollectorRegistry()), reads, lambda: READY)
         async with trio.open_nursery() as nursery:
             host, port = await nursery.start(
@@ -288,7 +290,8 @@ CUT_OFF = """
 def test_nothing_is_wider_than_the_screen_nor_alive(
     browser: Browser, served: Site, width: int, name: str
 ) -> None:
-    served.fixed.now = busy(name, server=name)
+    many = shown_counts(dict.fromkeys(State, 1_234_567), 123_456)
+    served.fixed.now = replace(busy(name, server=name), counts=many)
     served.fixed.rows = rows(name, message=name * 3)
     page = browser.new_page(viewport={"width": width, "height": 800})
     with watched(page, served):

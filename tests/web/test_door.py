@@ -135,7 +135,7 @@ async def test_someone_removed_while_the_password_is_tried_stays_out():
 @pytest.fixture
 async def client():
     fixed = Fixed()
-    reads = Reads(snapshot=fixed.snapshot, rows=fixed.page, story=fixed.story)
+    reads = Reads(snapshot=fixed.snapshot, rows=fixed.page, latest=fixed.latest, story=fixed.story)
     metrics = Metrics(CollectorRegistry())
     metrics.prepare(["a"])
     headers = {"X-Frame-Options": "sameorigin", "Strict-Transport-Security": "max-age=9"}

@@ -36,7 +36,7 @@ def fixed():
 
 @pytest.fixture
 async def client(fixed):
-    reads = Reads(snapshot=fixed.snapshot, rows=fixed.page, story=fixed.story)
+    reads = Reads(snapshot=fixed.snapshot, rows=fixed.page, latest=fixed.latest, story=fixed.story)
     app = site.build(fixed.metrics, reads, lambda: fixed.readiness)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://comfyd") as one:
@@ -112,7 +112,7 @@ async def test_a_request_that_takes_too_long_is_given_up(autojump_clock, fixed, 
     async def never():
         await trio.sleep_forever()
 
-    slow = Reads(snapshot=never, rows=fixed.page, story=fixed.story)
+    slow = Reads(snapshot=never, rows=fixed.page, latest=fixed.latest, story=fixed.story)
     app = site.build(Metrics(CollectorRegistry()), slow, lambda: READY)
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://comfyd", timeout=None
@@ -129,7 +129,7 @@ async def test_so_many_requests_at_once_and_no_more(autojump_clock, fixed):
         await go.wait()
         return fixed.now
 
-    reads = Reads(snapshot=waits, rows=fixed.page, story=fixed.story)
+    reads = Reads(snapshot=waits, rows=fixed.page, latest=fixed.latest, story=fixed.story)
     app = site.build(Metrics(CollectorRegistry()), reads, lambda: READY)
     got = []
     async with httpx.AsyncClient(
