@@ -212,7 +212,7 @@ async def _run(
     auditor = Auditor(inbox, clock)
     active = await journal.active()
     crashed = not journal.opened_cleanly()
-    if crashed:
+    if crashed and active:
         _log.warning("recovering", jobs=len(active))
     reap = partial(delivery.reap, spool, {row.job for row in active})
     problems = await _when_there_is_space(partial(trio.to_thread.run_sync, reap))

@@ -523,6 +523,8 @@ class Metrics:
             self._stale.labels(view.name).set(view.stale)
             if view.queue_remaining is not None:
                 self._remaining.labels(view.name).set(view.queue_remaining)
+            elif view.state is ServerState.DOWN:
+                self._remaining.remove_by_labels({"server": view.name})
         if snapshot.free_bytes is not None:
             self._free.set(snapshot.free_bytes)
         if snapshot.min_free_bytes is not None:
@@ -540,7 +542,10 @@ class Metrics:
 
     def health(self, server: str, *, ok: bool) -> None:
         """A health probe of *server* ended."""
-        self._up.labels(self._server(server)).set(ok)
+        name = self._server(server)
+        self._up.labels(name).set(ok)
+        if not ok:  # what it said before is no news of it
+            self._vram_free.remove_by_labels({"server": name})
 
     def system(self, server: str, stats: SystemStats) -> None:
         """What *server* says of itself now; devices it had before are forgotten."""

@@ -82,6 +82,7 @@ async def a_node_that_fails(world: World) -> None:
 
 
 async def prompts_that_take_long(world: World) -> None:
+    world.simulator.faults.set("node-stalls")  # and say nothing
     for number in range(4):
         await world.drop(slow(number, 60))
 

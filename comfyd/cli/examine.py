@@ -468,6 +468,9 @@ def _servers(config: Config, status: dict[str, Any] | None) -> Iterator[Finding]
         if status is not None and view is None:
             remedy = "Let the daemon read the configuration anew: comfyd reload, or restart it."
             yield warning(subject, "The daemon does not know it.", remedy)
+        elif view is not None and view.get("draining"):
+            remedy = f"Run comfyd resume {server.name} to use it again."
+            yield warning(subject, "It is being drained.", remedy)
         elif view is not None and view["state"] == "down" and view["reason"] != NOT_ASKED:
             if any(each.level == "problem" for each in found[server.name]):
                 continue  # the same, and said already
@@ -478,9 +481,6 @@ def _servers(config: Config, status: dict[str, Any] | None) -> Iterator[Finding]
         elif view is not None and view["state"] == "wedged":
             remedy = "Restart ComfyUI there; comfyd status and docs/servers.md say more."
             yield problem(subject, f"The daemon sends it nothing: {view['reason']}", remedy)
-        elif view is not None and view["state"] == "draining":
-            remedy = f"Run comfyd resume {server.name} to use it again."
-            yield warning(subject, "It is being drained.", remedy)
         elif view is not None and view["state"] == "deaf":
             remedy = "Restart ComfyUI if it lasts: its results are found by asking, with a delay."
             yield warning(subject, "It sends no events.", remedy)

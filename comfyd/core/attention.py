@@ -36,7 +36,7 @@ def needs(now: Snapshot, failed: Iterable[Row]) -> tuple[Need, ...]:
         found += [
             Need(_sentence(server), "servers")
             for server in now.servers
-            if server.state in states and server.reason != NOT_ASKED
+            if server.state in states and server.reason != NOT_ASKED and not server.draining
         ]
     held = now.counts.get("held", 0)
     if held:

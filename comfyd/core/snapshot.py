@@ -46,15 +46,20 @@ def state_of(
 
     """
     if not server.up or server.refusal:
-        return ServerState.DOWN, down
+        return ServerState.DOWN, _also_drained(server, down)
     if trouble:
-        return ServerState.WEDGED, trouble
+        return ServerState.WEDGED, _also_drained(server, trouble)
     if server.leaving:
         return ServerState.DRAINING, leaving_words(server, in_flight)
     if server.draining:
         return ServerState.DRAINING, draining_words(in_flight)
     waits = f"gets nothing until {prompts(fences)} given up there ended for sure" if fences else ""
     return (ServerState.DEAF if server.stalled else ServerState.UP), waits
+
+
+def _also_drained(server: Server, why: str) -> str:
+    """*why*, and that nobody waits for it."""
+    return "; ".join(filter(None, [why.rstrip("."), "drained"])) if server.retiring else why
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +74,7 @@ class ServerView:
     window: Prompts of ours that it may hold now.
     queue_remaining: Its own count, others' prompts included; None before the first.
     stale: Prompts of ours that have been silent for longer than ``stale_after``.
-    draining: A person asked to send nothing more, whatever its state is.
+    draining: It is to get nothing more, drained or configured no more, whatever its state is.
     run_s: What a job takes there, by its last runs; None before the first.
     missed: End signals of ours that did not come, since the daemon started.
     version: ComfyUI's version, "" while unknown.
@@ -272,6 +277,7 @@ def _server(server: ServerView) -> dict[str, Any]:
         "url": bare_url(server.url),
         "state": server.state.value,
         "reason": server.reason,
+        "draining": server.draining,
         "tracker": server.tracker,
         "connected": server.connected,
         "in_flight": server.in_flight,

@@ -174,6 +174,7 @@ class Overview:
     def _server(self, server: EngineServer, at: float) -> ServerView:
         watched = self._watched(server.name, server.origin)
         stats = watched.stats()
+        now = stats if server.up else None  # what it said before it went is no news of it
         state, reason = self._state(server)
         return ServerView(
             name=server.name,
@@ -184,13 +185,13 @@ class Overview:
             connected=server.client_id is not None,
             in_flight=len(self._engine.on_server[server.name]),
             window=server.room(self._engine.policy),
-            queue_remaining=server.remaining if stats is not None else None,
+            queue_remaining=None if now is None else server.remaining,
             stale=self._engine.stale(server.name, now_s=at),
             draining=server.retiring,
             run_s=self._pace.run_s(server.name),
             missed=self._missed_counts[server.name],
             version="" if stats is None else stats.version,
-            devices=() if stats is None else stats.devices,
+            devices=() if now is None else now.devices,
         )
 
     def _state(self, server: EngineServer) -> tuple[ServerState, str]:

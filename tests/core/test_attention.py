@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from comfyd.core.attention import RECENT_S, needs
+from comfyd.core.attention import FAILED_MAX, RECENT_S, needs
 from comfyd.core.model import JobId, Row, State
 from comfyd.core.snapshot import NOT_ASKED, ServerState, ServerView, Snapshot
 
@@ -34,6 +34,7 @@ def said(snapshot, rows=()):
         (now(server(ServerState.UP)), [failed(1, RECENT_S + 1)]),
         (now(server(ServerState.DRAINING, reason="2 prompts are left.")), []),
         (now(server(ServerState.DOWN, reason=NOT_ASKED)), []),
+        (now(server(ServerState.DOWN, reason="it is off; drained", draining=True)), []),
         (now(counts={"held": 0, "failed": 9}), []),
     ],
 )
@@ -95,3 +96,9 @@ def test_the_worst_comes_first():
         "The intake is paused: files stay in new/ until comfyd resume.",
         "1 job failed within the hour.",
     ]
+
+
+def test_more_failures_than_were_looked_at_are_said_to_be_more():
+    many = [failed(seq, 1.0) for seq in range(FAILED_MAX)]
+    assert said(now(), many[1:])[0][0] == "49 jobs failed within the hour."
+    assert said(now(), many)[0][0] == "50 or more jobs failed within the hour."
