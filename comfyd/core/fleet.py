@@ -241,6 +241,15 @@ class Fleet:
             and not self.fences(server.name)
         )
 
+    def is_wanted(self, row: Row, now_s: float) -> bool:
+        """Whether any server that works now has not said no to this job."""
+        return any(
+            self.is_usable(server, now_s)
+            and not server.retiring
+            and not verdicts.has_said(row, server.name, server.origin)
+            for server in self.servers.values()
+        )
+
     def is_hopeful(self, server: Server, now_s: float) -> bool:
         """Whether it is worth waiting for: it is well, or has not been unwell for long."""
         if server.refusal or server.retiring:

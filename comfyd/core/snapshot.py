@@ -129,6 +129,7 @@ class QueuedView:
       position: 1 for the next.
       claimed: When it was taken in; seconds since the epoch.
       ready_s: Seconds until it may have run, by the recent pace; None while that is not known.
+      refused: Every server that works now has said no to it: it waits for another one.
 
     """
 
@@ -137,6 +138,7 @@ class QueuedView:
     priority: int
     claimed: float
     ready_s: float | None = None
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +239,7 @@ class Snapshot:
             "claimed": rfc3339(job.claimed),
             "for_s": _seconds(self.at - job.claimed),
             "ready_s": _some_seconds(job.ready_s),
+            "refused": job.refused,
         }
 
 

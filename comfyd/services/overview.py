@@ -132,7 +132,9 @@ class Overview:
         running = sum(shown_state(job.row) == "running" for job in shown)
         servers = tuple(self._server(server, at) for server in engine.servers.values())
         first = engine.next_up(QUEUE_MAX)
-        then, ready_s = self._forecast(servers, len(first), at)
+        refused = {row.job for row in first if row.refused and not engine.fleet.is_wanted(row, at)}
+        then, ready_s = self._forecast(servers, len(first) - len(refused), len(refused), at)
+        in_turn = iter(then.queued)
         return Snapshot(
             at=at,
             version=self._version,
@@ -145,7 +147,12 @@ class Overview:
             jobs=tuple(self._job(job, at, ready_s) for job in shown[:JOBS_MAX]),
             more=max(0, len(shown) - JOBS_MAX),
             queue=tuple(
-                _queued(row, position, then.queued[position - 1] if then.queued else None)
+                _queued(
+                    row,
+                    position,
+                    None if row.job in refused else next(in_turn, None),
+                    refused=row.job in refused,
+                )
                 for position, row in enumerate(first, 1)
             ),
             ready_s=then.all_s,
@@ -204,7 +211,7 @@ class Overview:
         )
 
     def _forecast(
-        self, servers: Iterable[ServerView], first: int, at: float
+        self, servers: Iterable[ServerView], first: int, refused: int, at: float
     ) -> tuple[Forecast, dict[JobId, float]]:
         """When what is here may have run: the queue, and each prompt on a server."""
         lanes, there = [], []
@@ -218,7 +225,7 @@ class Overview:
             others = max(0, (view.queue_remaining or 0) - len(rows))
             lanes.append(Lane(run_s, ran_s, others))
             there.append([row.job for row in rows])
-        waiting = max(first, self._engine.counts[State.QUEUED])
+        waiting = max(first, self._engine.counts[State.QUEUED] - refused)
         then = forecast(lanes, waiting=waiting, first=first)
         ready_s = {
             job: ends_s
@@ -259,13 +266,14 @@ def _since(job: Job) -> float:
             return job.live.since_s
 
 
-def _queued(row: Row, position: int, ready_s: float | None) -> QueuedView:
+def _queued(row: Row, position: int, ready_s: float | None, *, refused: bool) -> QueuedView:
     return QueuedView(
         job=row.job,
         position=position,
         priority=row.priority,
         claimed=row.claimed_at,
         ready_s=ready_s,
+        refused=refused,
     )
 
 

@@ -30,6 +30,7 @@ from comfyd.web.api import Reads
 
 JOBS: Final = 50  # at hand: more would be a long page, fetched every two seconds
 RECENT: Final = 10  # of each: failures, results, held jobs
+REFUSED: Final = "refused by every server that works now: waits for another"
 REFRESH_S: Final = 10
 NAME_MAX: Final = 200
 
@@ -357,7 +358,9 @@ def _queue(status: dict[str, Any]) -> str:
     rows = [
         (
             f"{job['position']:,}",
-            _job(job["job"]) + _small(f"priority {job['priority']}" if job["priority"] else ""),
+            _job(job["job"])
+            + _small(f"priority {job['priority']}" if job["priority"] else "")
+            + _small(REFUSED if job["refused"] else ""),
             whole(job["for_s"]),
             about(job["ready_s"]),
         )

@@ -345,6 +345,22 @@ def test_the_queue_in_memory_is_bounded_and_refilled_in_order():
     assert sent == [f"j{i:05}" for i in range(total)]
 
 
+def test_it_is_known_which_jobs_no_server_that_works_would_take():
+    rig = Rig(1, 1)
+    rig.tell(facts.Health(server=B, ok=False))
+    rig.drop("x")
+    fleet = rig.engine.fleet
+    rig.tell(facts.Rejected(token=rig.token("x"), message="no"))
+    row = rig.store[JobId("x")]
+    assert row.state is State.QUEUED
+    assert not fleet.is_wanted(row, rig.now_s)
+    assert fleet.is_wanted(msgspec.structs.replace(row, verdicts=()), rig.now_s)
+    rig.tell(facts.Health(server=B, ok=True))
+    assert fleet.is_wanted(row, rig.now_s)
+    rig.tell(facts.DrainAsked(server=B))
+    assert not fleet.is_wanted(row, rig.now_s)
+
+
 def test_a_prompt_that_waits_is_not_silent_while_one_before_it_is_heard():
     rig = Rig(2)
     rig.drop("runs", "waits")
