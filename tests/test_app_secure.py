@@ -118,17 +118,12 @@ async def test_a_certificate_for_another_host_is_none(tmp_path, authority):
         assert b"".join(stream.received for stream in front.streams) == b""
 
 
-@pytest.mark.parametrize("wrong", ["wrong.pem", "ca.pem"])
-async def test_a_new_token_and_a_new_authority_hold_after_a_reload(tmp_path, authority, wrong):
-    """Another file, or the same one renewed."""
+async def test_a_new_token_and_a_new_authority_hold_after_a_reload(tmp_path, authority):
     async with Front.serving(speaking(authority)) as front:
         path = write(tmp_path, front.url)
-        trustme.CA().cert_pem.write_to_path(tmp_path / wrong)
-        path.write_text(path.read_text().replace("ca.pem", wrong))
+        trustme.CA().cert_pem.write_to_path(tmp_path / "wrong.pem")
+        path.write_text(path.read_text().replace("ca.pem", "wrong.pem"))
         async with running(path) as daemon:
-            while not (await daemon.snapshot()).servers[0].reason:  # noqa: ASYNC110 - nobody tells
-                await trio.sleep(0.02)
-            authority.cert_pem.write_to_path(tmp_path / "ca.pem")
             write(tmp_path, front.url)
             (tmp_path / "token").write_text("Bearer new")
             await reload(path)
@@ -136,6 +131,20 @@ async def test_a_new_token_and_a_new_authority_hold_after_a_reload(tmp_path, aut
                 await trio.sleep(0.02)
         (request,) = front.requests(b"GET /ws")
         assert b"authorization: bearer new" in request.lower()
+
+
+async def test_an_authority_that_is_renewed_in_its_place_holds_after_a_reload(tmp_path, authority):
+    """Nothing else changes: no name, and no token."""
+    async with Front.serving(speaking(authority)) as front:
+        path = write(tmp_path, front.url)
+        trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+        async with running(path) as daemon:
+            while "not trusted" not in (await daemon.snapshot()).servers[0].reason:  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(0.02)
+            authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+            await reload(path)
+            while not (await daemon.snapshot()).servers[0].connected:  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(0.02)
 
 
 async def test_the_listener_takes_up_tls_and_passwords_with_a_reload(tmp_path, authority):
