@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,22 @@ def humble_spool() -> Iterator[Spool]:
                 if not path.is_symlink():
                     path.chmod(0o700)
         shutil.rmtree(parent)
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """A call that blocks fails after 30 s: the test would not end."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("something was waited for")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def nest(folder: Path, levels: int = 1200) -> None:

@@ -341,6 +341,7 @@ def remove(path: Path) -> None:
 SWAPS = [swap_for_link, swap_for_fifo, swap_content, remove]
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("swap", [swap_for_link, swap_for_fifo, remove])
 def test_a_file_swapped_between_look_and_read_is_not_followed(
     spool: Spool, make_intake: MakeIntake, swap: Callable[[Path], None],

@@ -208,6 +208,7 @@ def hard_link(path: Path) -> None:
     os.link(path.parents[2] / "precious.json", path)
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("swap", [link, fifo, hard_link])
 def test_a_file_that_is_swapped_between_look_and_read_is_not_read(
     spool: Spool, make_intake: MakeIntake, swap: Callable[[Path], None],
