@@ -77,13 +77,12 @@ def reload(args: argparse.Namespace) -> int:
     try:
         result = ask_at(state, {"verb": "reload"}, WISH_S)["result"]
     except DaemonUnreachable as error:
-        if error.sent:
-            raise Unreachable(str(error)) from None
+        if not error.absent:
+            hint = "" if error.sent else " To reload needs the running daemon."
+            raise Unreachable(f"{error}{hint}") from None
         moved = "if the file names another state folder than at its start, that needs a restart"
-        main_pid = os.environ.get("MAINPID", "")  # systemd says so to ExecReload=
-        if not main_pid.isdigit():
+        if not _hung_up(os.environ.get("MAINPID", "")):  # systemd says so to ExecReload=
             raise Unreachable(f"{error} To reload needs the running daemon; {moved}.") from None
-        os.kill(int(main_pid), signal.SIGHUP)  # it says no by itself, in its log and its metrics
         say(f"comfyd: nobody answers in {state}: {moved}")
         return Exit.CONFIG
     if args.json:
@@ -95,6 +94,22 @@ def reload(args: argparse.Namespace) -> int:
             say(f"comfyd: {problem}")
         say(f"comfyd: {result['what']}")
     return Exit.OK if result["ok"] else Exit.CONFIG
+
+
+def _hung_up(main_pid: str) -> bool:
+    """Tell that process to reload; if it must not, it says so in its log and its metrics.
+
+    Returns:
+      Whether it could be told: False too if it is gone, or not ours, or none was named.
+
+    """
+    if not main_pid.isdecimal() or int(main_pid) == 0:  # 0: our own process group
+        return False
+    try:
+        os.kill(int(main_pid), signal.SIGHUP)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def _chosen(config: Config, args: argparse.Namespace) -> Iterator[list[str]]:

@@ -23,12 +23,14 @@ class DaemonUnreachable(ComfydError):
 
     Args:
       sent: Whether the request may have been carried out all the same.
+      absent: Whether nobody listens there at all.
 
     """
 
-    def __init__(self, message: str, *, sent: bool = False) -> None:
+    def __init__(self, message: str, *, sent: bool = False, absent: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
+        self.absent = absent
 
 
 def ask(path: Path, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -73,7 +75,8 @@ def _connect(sock: socket.socket, path: Path) -> None:
         with address_of(path) as address:
             sock.connect(address)
     except (FileNotFoundError, ConnectionRefusedError):
-        raise DaemonUnreachable(f"No daemon is running: nobody listens at {path}.") from None
+        none = f"No daemon is running: nobody listens at {path}."
+        raise DaemonUnreachable(none, absent=True) from None
     except PermissionError:
         raise DaemonUnreachable(f"Only root and {_owner(path)} may ask this daemon.") from None
     except BlockingIOError:

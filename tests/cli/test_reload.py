@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,35 @@ async def test_another_state_folder_needs_a_restart_and_the_daemon_hears_of_it(
             assert "that needs a restart" in err
             with trio.fail_after(5):
                 assert await anext(hangups) == signal.SIGHUP
+
+
+@pytest.mark.parametrize("main_pid", ["0", "none", str(2**22 + 1)])  # no pid is larger than 2**22
+def test_without_the_process_that_systemd_names_it_is_the_same(
+    site: Site, monkeypatch: pytest.MonkeyPatch, main_pid: str
+):
+    monkeypatch.setenv("MAINPID", main_pid)
+    code, out, err = site("reload")
+    assert (code, out) == (69, "")
+    assert "To reload needs the running daemon" in err
+
+
+def test_a_socket_that_is_there_but_cannot_be_asked_is_no_other_state_folder(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MAINPID", str(os.getpid()))
+    control = config.state_of(site.config) / "control.sock"
+    control.parent.mkdir(exist_ok=True)
+    hangups: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda signum, _: hangups.append(signum))
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wrong:
+            wrong.bind(str(control))
+            code, out, err = site("reload")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (code, out, hangups) == (69, "", [])
+    assert "cannot be reached" in err
+    assert "state folder" not in err
 
 
 async def test_a_daemon_that_read_no_file_says_so(site: Site, daemon: Serve):

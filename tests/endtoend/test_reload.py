@@ -23,16 +23,21 @@ PATIENCE_S = 60
 OK = "comfyd_config_last_reload_successful"
 
 
-async def reload(daemon: Daemon) -> tuple[int, str]:
+async def reload(daemon: Daemon, **environ: str) -> tuple[int, str]:
     """``comfyd reload``: its exit code, and what it says."""
     done = await trio.run_process(
         [sys.executable, "-m", "comfyd", "reload", "-c", str(daemon.config)],
         cwd=ROOT,
+        env={**os.environ, **environ},
         check=False,
         capture_stdout=True,
         capture_stderr=True,
     )
     return done.returncode, (done.stdout + done.stderr).decode()
+
+
+def refusals(daemon: Daemon) -> list[str]:
+    return [e["problem"] for e in daemon.events() if e["event"] == "reload_refused"]
 
 
 async def test_a_server_comes_and_one_goes_in_the_middle_of_60_jobs(tmp_path):
@@ -80,8 +85,7 @@ async def test_a_bad_file_changes_nothing_and_a_good_one_does(simulator, tmp_pat
                 [(line, text)] = [(n, t) for n, t in enumerate(lines, 1) if word in t]
                 place = f"{daemon.config}:{line}:{text.index(word) + 1}: {key}: "
                 assert place in said
-                told = [e["problem"] for e in daemon.events() if e["event"] == "reload_refused"]
-                assert any(problem.startswith(place) for problem in told)
+                assert any(problem.startswith(place) for problem in refusals(daemon))
             assert "Nothing was changed." in said
             assert (await daemon.metrics())[OK] == 0
 
@@ -95,6 +99,16 @@ async def test_a_bad_file_changes_nothing_and_a_good_one_does(simulator, tmp_pat
             daemon.rewrite(metrics={"listen": "127.0.0.1:1"}, jobs={"max_attempts": 1})
             code, said = await reload(daemon)
             assert (code, "metrics.listen: a change of it needs a restart" in said) == (78, True)
+
+            # Another state folder, as systemd reloads: nobody listens there.
+            daemon.config.write_text(good)
+            assert (await reload(daemon))[0] == 0
+            assert (await daemon.metrics())[OK] == 1
+            daemon.rewrite(state=str(tmp_path / "elsewhere"))
+            code, said = await reload(daemon, MAINPID=str(daemon.pid))
+            assert (code, "that needs a restart" in said) == (78, True)
+            await until(lambda: "state: a change of it needs a restart" in refusals(daemon)[-1])
+            assert (await daemon.metrics())[OK] == 0
 
             daemon.drop("before.json", graphs.picture(1))
             await daemon.finish(1, within_s=20)
