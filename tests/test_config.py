@@ -286,8 +286,14 @@ def test_secrets_do_not_show():
     assert hash(secret) == hash(Secret("hunter2"))
 
 
+@pytest.mark.parametrize("name", ["X-Author", "X-Keywords", "X-Forwarded-User", "Accept"])
+def test_what_only_sounds_like_a_secret_may_be_written(name):
+    assert headers_of(f"{{{name}: fox}}") == {name: "fox"}
+
+
 @pytest.mark.parametrize(
-    "name", ["Authorization", "cookie", "X-API-Key", "X-Auth-Token", "CF-Access-Client-Secret"]
+    "name",
+    ["Authorization", "cookie", "X-API-Key", "X-Auth-Token", "X-Auth", "CF-Access-Client-Secret"],
 )
 def test_a_secret_is_not_written_into_the_configuration(name):
     error = refused(one_server(headers=f"{{{name}: hunter2}}"))

@@ -38,8 +38,11 @@ _OURS: Final = frozenset(
 )
 
 
-# A configuration file is shown to colleagues, and kept in version control. In a header's name:
-_SECRET: Final = re.compile(r"auth|bearer|cookie|credential|key|passw|secret|token", re.IGNORECASE)
+# A configuration file is shown to colleagues, and kept in version control. In a header's name, but
+# for authors and keywords:
+_SECRET: Final = re.compile(
+    r"auth(?!or(?!i[sz]))|bearer|cookie|credential|key(?!word)|passw|secret|token", re.IGNORECASE
+)
 
 
 class Secret:
