@@ -8,6 +8,7 @@ import os
 import pwd
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from comfyd import config
@@ -40,35 +41,65 @@ def main(args: argparse.Namespace) -> int:
     return Exit.OK
 
 
+@dataclass(frozen=True)
+class _User:
+    """Whoever the daemon runs as; one that only has a number is in no group but its own."""
+
+    uid: int
+    gid: int
+    name: str | None
+
+    def become(self) -> None:
+        if self.name is None:
+            os.setgroups([self.gid])
+        else:
+            os.initgroups(self.name, self.gid)
+        os.setgid(self.gid)
+        os.setuid(self.uid)
+
+    def __str__(self) -> str:
+        return self.name or f"the user with id {self.uid}"
+
+
 def _look_as_the_daemon(args: argparse.Namespace) -> None:
-    """As root, become the state folder's owner for good: to root everything seems permitted."""
+    """As root, become the daemon's user for good: to root everything seems permitted."""
     path = config.find_config(args.config, os.environ)
     if os.geteuid() != 0 or path is None:
         return
-    try:
-        user = pwd.getpwuid(config.state_of(path).stat().st_uid)
-    except (ComfydError, OSError, KeyError):
-        return  # what is wrong there is found below
-    if user.pw_uid == 0:
+    user = _daemons_user(path)
+    if user is None:
         return
     pid = os.fork()
     if pid == 0:
         may = False
         with contextlib.suppress(OSError):
-            _become(user)
+            user.become()
             may = all(os.access(path, os.R_OK) for path in (__file__, os.__file__, sys.executable))
         os._exit(not may)
     if os.waitpid(pid, 0)[1] != 0:  # such as when all of it lies in root's home
-        say(f"comfyd: looking with root's rights: {user.pw_name} may not run {sys.executable}")
+        say(f"comfyd: looking with root's rights: {user} may not run {sys.executable}")
         return
-    say(f"comfyd: looking with the rights of {user.pw_name}, whose the state folder is")
-    _become(user)
+    say(f"comfyd: looking with the rights of {user}, whose the folders are")
+    user.become()
 
 
-def _become(user: pwd.struct_passwd) -> None:
-    os.initgroups(user.pw_name, user.pw_gid)
-    os.setgid(user.pw_gid)
-    os.setuid(user.pw_uid)
+def _daemons_user(path: Path) -> _User | None:
+    """Who owns state, or the spool if root has taken state over; None if that is root, or nobody.
+
+    Root's state and another's spool is trouble to be found: seen with root's eyes it is none.
+    """
+    for folder_of in (config.state_of, config.spool_of):
+        try:
+            found = folder_of(path).stat()
+        except (ComfydError, OSError):
+            continue  # what is wrong there is found later
+        if found.st_uid != 0:
+            try:
+                user = pwd.getpwuid(found.st_uid)
+            except KeyError:
+                return _User(found.st_uid, found.st_gid, None)
+            return _User(user.pw_uid, user.pw_gid, user.pw_name)
+    return None
 
 
 def _found(args: argparse.Namespace) -> Iterator[Finding]:

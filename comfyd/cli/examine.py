@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import grp
 import os
 import pwd
 import shlex
@@ -30,6 +31,7 @@ from comfyd.config.server import is_loopback
 from comfyd.core.snapshot import NOT_ASKED
 from comfyd.core.wire.stats import version_verdict
 from comfyd.errors import ComfydError, ConfigError, ServerError, SpoolBusy
+from comfyd.journal.file import prepare_state
 from comfyd.journal.lock import StateLock
 from comfyd.journal.sqlite import open_readonly
 from comfyd.services.link import client_of
@@ -93,6 +95,7 @@ def everything(config: Config) -> Iterator[Finding]:
     yield from _checked("events", lambda: _events(config))
     yield from _checked("workflows", lambda: _workflows(config))
     yield from _exposed(config)
+    yield from _secrets(config)
     if daemon[0].level != "problem" and status is None:
         yield from _checked("metrics", lambda: _listen(config))
     yield from _clock()
@@ -229,11 +232,28 @@ def _doors(spool: Spool) -> Iterator[Finding]:
     """Who may submit: the group of new/ and tmp/, and nobody else."""
     for path in (spool.new, spool.tmp):
         mode = stat.S_IMODE(path.stat().st_mode)
-        remedy = f"Run: chmod {MODES[path.name]:o} {shlex.quote(str(path))}"
+        right = f"{MODES[path.name]:o}"
+        remedy = f"Run: chmod {right} {shlex.quote(str(path))}"
         if mode & stat.S_IWOTH:
             yield warning("spool", f"Everybody may submit: {path} has mode {mode:o}.", remedy)
         elif not mode & stat.S_IWGRP:
             yield warning("spool", f"Its group may not submit: {path} has mode {mode:o}.", remedy)
+        elif not mode & stat.S_ISVTX:
+            what = f"Who submits may remove what others submitted: {path} has mode {mode:o}."
+            yield warning("spool", what, remedy)
+        elif not mode & stat.S_ISGID:
+            what = f"What is submitted is not its group's: {path} has mode {mode:o}, not {right}."
+            yield warning("spool", what, remedy)
+    # The group of results is taken for the submit group.
+    group = spool.done.stat().st_gid
+    for path in (spool.new, spool.tmp, spool.failed):
+        own = path.stat().st_gid
+        if own != group:
+            yield warning(
+                "spool",
+                f"{path} belongs to the group {_group(own)}, and done/ to {_group(group)}.",
+                f"Run: chgrp {_group(group)} {shlex.quote(str(path))}",
+            )
 
 
 def _leftovers(spool: Spool) -> Iterator[Finding]:
@@ -257,6 +277,13 @@ def _state(config: Config, *, running: bool) -> Iterator[Finding]:
     if not folder.is_dir():
         yield warning(subject, f"{folder} is not there.", "The daemon makes it at start.")
         return
+    if _is_daemons(config):
+        try:
+            prepare_state(folder)
+        except ConfigError as error:
+            what = error.problem.removeprefix("the state folder cannot be used: ")
+            yield problem(subject, f"{what.partition('; run: ')[0]}.", _run_of(what))
+            return
     mode = folder.stat().st_mode
     if mode & 0o077:
         remedy = f"Run: chmod 700 {folder}"
@@ -281,6 +308,12 @@ def _state(config: Config, *, running: bool) -> Iterator[Finding]:
         yield _journal(folder)
 
 
+def _is_daemons(config: Config) -> bool:
+    """Whether this process has the daemon's rights: the spool is its user's, or else state."""
+    folder = config.spool if config.spool.is_dir() else config.state
+    return os.geteuid() == folder.stat().st_uid
+
+
 def _journal(folder: Path) -> Finding:
     subject = "state"
     try:
@@ -302,6 +335,13 @@ def _user(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"the user with id {uid}"
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
 
 
 # --- file systems --------------------------------------------------------------------------------
@@ -398,6 +438,17 @@ def _exposed(config: Config) -> Iterator[Finding]:
             f"{listen} can be asked from elsewhere, without a password.",
             "Set metrics.web_config, or listen on 127.0.0.1.",
         )
+
+
+def _secrets(config: Config) -> Iterator[Finding]:
+    for server in config.servers:
+        for path in filter(None, (secret.file for secret in server.headers.values())):
+            if path.stat().st_mode & 0o007:
+                yield warning(
+                    f"server {server.name}",
+                    f"Everybody may use its secret, {path}.",
+                    f"Run: chmod o= {shlex.quote(str(path))}",
+                )
 
 
 def _listen(config: Config) -> Iterator[Finding]:

@@ -40,7 +40,8 @@ from comfyd.errors import ConfigError
 __all__ = [
     "UNREAD", "Audit", "Client", "Completion", "Config", "Health", "History", "Jobs", "Listen",
     "Log", "Metrics", "Outputs", "Retention", "Retentions", "Secret", "Secrets", "Server",
-    "Tracker", "Watch", "check", "defaults", "find_config", "load", "parse", "read", "state_of",
+    "Tracker", "Watch", "check", "defaults", "find_config", "load", "parse", "read", "spool_of",
+    "state_of",
 ]  # fmt: skip
 
 SYSTEM_CONFIG: Final = Path("/etc/comfyd/comfyd.yaml")
@@ -132,18 +133,27 @@ def state_of(path: Path) -> Path:
       ConfigError: It cannot be read at all.
 
     """
+    return _folder_of(path, "state")
+
+
+def spool_of(path: Path) -> Path:
+    """As ``state_of``, the spool."""
+    return _folder_of(path, "spool")
+
+
+def _folder_of(path: Path, key: str) -> Path:
     text, base = _text_of(path), path.absolute().parent
     # In a file that is no YAML, a line of its own can still be read.
-    lines = [line for line in text.splitlines() if line.startswith("state:")]
+    lines = [line for line in text.splitlines() if line.startswith(f"{key}:")]
     for part in (text, *lines):
         try:
             root = document.parse(part)
-            if isinstance(root, document.Mapping) and "state" in root.values:
+            if isinstance(root, document.Mapping) and key in root.values:
                 ctx = Context(file=path, base=base, environ={}, problems=[])
-                return folder(root.values["state"], "state", ctx)
+                return folder(root.values[key], key, ctx)
         except (ConfigError, Refused):
             continue
-    return base / "state"
+    return base / key
 
 
 def _text_of(path: Path) -> str:

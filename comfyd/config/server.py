@@ -46,12 +46,18 @@ _SECRET: Final = re.compile(
 
 
 class Secret:
-    """A text that must not be shown. Printing, formatting or logging it gives ``***``."""
+    """A text that must not be shown. Printing, formatting or logging it gives ``***``.
 
-    __slots__ = ("_value",)
+    Attributes:
+      file: Where it was read; None if nowhere. Two secrets of one text are equal all the same.
 
-    def __init__(self, value: str) -> None:
+    """
+
+    __slots__ = ("_value", "file")
+
+    def __init__(self, value: str, file: Path | None = None) -> None:
         self._value = value
+        self.file = file
 
     def reveal(self) -> str:
         """The text itself; call this only where it goes over the wire."""
@@ -148,9 +154,9 @@ def headers(node: Node, path: str, ctx: Context) -> Mapping[str, Secret]:
 
 
 def _header_value(node: Node, path: str, ctx: Context) -> Secret:
+    place: Path | None = None
     if isinstance(node, MappingNode):
         [(kind, source)] = node.values.items() if len(node.values) == 1 else [("", node)]
-        place: Path | None
         if kind == "file":
             place = values.folder(source, path, ctx)
         elif kind == "credential":
@@ -164,7 +170,7 @@ def _header_value(node: Node, path: str, ctx: Context) -> Secret:
         value = text(node, path, ctx)
     if not _HEADER_VALUE.fullmatch(value):
         raise Refused("must be printable ASCII, without blanks around it, not empty", node)
-    return Secret(value)
+    return Secret(value, place)
 
 
 def _credential(node: Node, path: str, ctx: Context) -> Path | None:

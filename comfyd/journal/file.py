@@ -132,16 +132,21 @@ def prepare_state(folder: Path) -> None:
             return  # a pause, when it is written to
         remedy = ""
         if isinstance(error, PermissionError):
-            remedy = f"; make it the daemon's: chown -R {_user()} {shlex.quote(str(folder))}"
+            remedy = f"; run: {_handed_over(folder)}"
         problem = f"the state folder cannot be used: {where}: {error.strerror}{remedy}"
         raise ConfigError("state", problem) from error
 
 
-def _user() -> str:
+def _handed_over(folder: Path) -> str:
+    """What root runs to make *folder*, and what is in it, the daemon's to write."""
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        user = pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
-        return str(os.geteuid())
+        user = str(os.geteuid())
+    name = shlex.quote(str(folder))
+    if not os.path.isdir(folder):  # Path.is_dir raises where nobody may look
+        return f"install -d -m 700 -o {user} {name}"
+    return f"chown -R {user} {name} && chmod -R u+rwX {name}"
 
 
 def create(path: Path) -> None:

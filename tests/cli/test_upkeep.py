@@ -24,10 +24,13 @@ from comfyd.cli import examine
 from comfyd.config import load
 from comfyd.core.model import JobId, Row, State
 from comfyd.journal.lock import StateLock
+from comfyd.journal.sqlite import SqliteStore
 from comfyd.spool.layout import Spool
 from tests.cli.conftest import GRAPH, Serve, Site
 from tests.cli.test_reads import call
 from tests.endtoend.waiting import until
+
+NAMELESS = 62_345  # an id that no user and no group has
 
 # --- gc ------------------------------------------------------------------------------------------
 
@@ -291,38 +294,103 @@ def may_run(uid: int) -> bool:
     return done.returncode == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can look with another's rights")
-def test_doctor_as_root_looks_with_the_daemons_rights():
+@pytest.fixture
+def handed_over():
+    """A configuration of root's, with a spool and state that are a user's of no name or group."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can look with another's rights")
     home = Path(tempfile.mkdtemp(prefix="comfyd-"))
-    try:
-        home.chmod(0o755)
-        token = home / "token"
-        token.write_text("Bearer hunter2")
-        token.chmod(0o600)  # root's
-        spool = Spool(home / "spool")
-        spool.prepare()
-        (home / "state").mkdir(0o700)
-        for path in (home / "state", *home.rglob("spool/**")):
-            os.chown(path, 65534, 65534)
-        headers = "headers: {Authorization: {file: token}}"
-        file = home / "comfyd.yaml"
-        file.write_text(f"servers: [{{name: a, url: 'http://127.0.0.1:9', {headers}}}]\n")
-        command = [sys.executable, "-m", "comfyd", "-c", str(file), "doctor", "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 1, done.stderr
-        if not may_run(65534):
-            assert "looking with root's rights: nobody may not run" in done.stderr
-            return
-        assert "looking with the rights of nobody" in done.stderr
-        [(level, what, _)] = findings(done.stdout)["configuration"]
-        assert (level, "token: Permission denied" in what) == ("problem", True)
-        os.chown(token, 65534, 65534)
-        spool.claimed.chmod(0o500)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        [(level, what, _)] = findings(done.stdout)["spool"]
-        assert (level, "Permission denied" in what) == ("problem", True)
-    finally:
-        shutil.rmtree(home)
+    home.chmod(0o755)
+    Spool(home / "spool").prepare()
+    (home / "state").mkdir(0o700)
+    SqliteStore.open(home / "state" / "comfyd.db").close()
+    (home / "state" / "lock").touch(0o600)
+    for path in (home / "state", *home.rglob("state/**/*"), *home.rglob("spool/**")):
+        os.chown(path, NAMELESS, NAMELESS)
+    (home / "comfyd.yaml").write_text("metrics: {listen: 127.0.0.1:0}\n")
+    yield home / "comfyd.yaml"
+    shutil.rmtree(home)
+
+
+def doctor(file: Path) -> dict[str, list[tuple[str, str, str]]]:
+    """What it finds as a program of root's."""
+    command = [sys.executable, "-m", "comfyd", "-c", str(file), "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if may_run(NAMELESS):
+        told = f"looking with the rights of the user with id {NAMELESS}"
+    else:
+        told = f"looking with root's rights: the user with id {NAMELESS} may not run"
+    assert told in done.stderr
+    if not may_run(NAMELESS):
+        pytest.skip(f"{sys.executable} is where only root may run it")
+    return findings(done.stdout)
+
+
+def test_doctor_as_root_reads_secrets_with_the_daemons_rights(handed_over: Path):
+    token = handed_over.with_name("token")
+    token.write_text("Bearer hunter2")
+    token.chmod(0o600)  # root's
+    headers = "headers: {Authorization: {file: token}}"
+    handed_over.write_text(f"servers: [{{name: a, url: 'http://127.0.0.1:9', {headers}}}]\n")
+    [(level, what, _)] = doctor(handed_over)["configuration"]
+    assert (level, "token: Permission denied" in what) == ("problem", True)
+
+
+def test_doctor_as_root_moves_with_the_daemons_rights(handed_over: Path):
+    handed_over.with_name("spool").joinpath("claimed").chmod(0o500)
+    [(level, what, _)] = doctor(handed_over)["spool"]
+    assert (level, "Permission denied" in what) == ("problem", True)
+
+
+@pytest.mark.parametrize("roots", [["lock"], ["comfyd.db"], ["", "lock", "comfyd.db"], None])
+def test_doctor_as_root_finds_a_state_folder_that_the_daemon_may_not_write(
+    handed_over: Path, roots: list[str] | None
+):
+    state = handed_over.with_name("state")
+    if roots is None:
+        state.chmod(0o500)
+    else:
+        for name in roots:
+            os.chown(state / name, 0, 0)
+    [(level, what, remedy)] = doctor(handed_over)["state"]
+    assert (level, "Permission denied" in what) == ("problem", True)
+    assert remedy == f"Run: chown -R {NAMELESS} {state} && chmod -R u+rwX {state}"
+    subprocess.run(remedy.removeprefix("Run: "), shell=True, check=True, timeout=60)
+    [(level, what, _)] = doctor(handed_over)["state"]
+    assert (level, what) == ("ok", "Its journal can be read; it knows 0 jobs.")
+
+
+def test_doctor_minds_secrets_that_everybody_may_read(site: Site):
+    token = site.home / "token"
+    token.write_text("Bearer hunter2")
+    headers = f"headers: {{Authorization: {{file: {token}}}}}"
+    server = f"servers: [{{name: a, url: 'http://127.0.0.1:9', {headers}}}]\n"
+    site.config.write_text(site.config.read_text() + server)
+    for mode, minded in ((0o640, False), (0o644, True)):
+        token.chmod(mode)
+        found = findings(site("doctor", "--json")[1])["server a"]
+        said = ("warning", f"Everybody may use its secret, {token}.", f"Run: chmod o= {token}")
+        assert (said in found) == minded
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"), [(0o2770, "may remove what others submitted"), (0o1770, "not its group's")]
+)
+def test_doctor_minds_a_door_without_its_special_bits(site: Site, mode: int, said: str):
+    site.spool.new.chmod(mode)
+    [(level, what, remedy), _] = findings(site("doctor", "--json")[1])["spool"]
+    assert (level, said in what) == ("warning", True)
+    assert remedy == f"Run: chmod 3770 {site.spool.new}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to any group")
+def test_doctor_minds_a_door_of_another_group(site: Site):
+    os.chown(site.spool.new, -1, NAMELESS)
+    site.spool.new.chmod(0o3770)
+    [(level, what, remedy), _] = findings(site("doctor", "--json")[1])["spool"]
+    assert level == "warning"
+    assert f"{site.spool.new} belongs to the group {NAMELESS}, and done/ to " in what
+    assert remedy.startswith("Run: chgrp ")
 
 
 def test_doctor_says_who_may_submit(site: Site):

@@ -275,8 +275,9 @@ def test_what_in_the_state_folder_is_not_ours_is_told_with_the_remedy(humble, na
 
 def test_a_state_folder_that_cannot_be_made_is_told(humble):
     humble.chmod(0o500)
-    with pytest.raises(ConfigError, match=r"the state folder cannot be used: .*Permission denied"):
+    with pytest.raises(ConfigError, match=r"cannot be used: .*Permission denied; run: ") as raised:
         prepare_state(humble / "state")
+    assert str(raised.value).rpartition("; run: ")[2].startswith("install -d -m 700 -o ")
     humble.chmod(0o700)
 
 
