@@ -115,4 +115,8 @@ def _found(args: argparse.Namespace) -> Iterator[Finding]:
         yield problem(subject, f"{each}.", "Mend that line; comfyd check-config looks again.")
     if not problems:
         yield ok(subject, f"{path} is good.")
-        yield from everything(config.load(path, config.Secrets.REACHABLE))
+    # A secret that cannot be read, maybe only by this user, keeps nothing else from being found.
+    secrets = config.Secrets.NONE if problems else config.Secrets.REACHABLE
+    found, _ = config.read(path, secrets)
+    if found is not None:
+        yield from everything(found)

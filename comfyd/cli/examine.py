@@ -540,7 +540,9 @@ def _servers(config: Config, status: dict[str, Any] | None) -> Iterator[Finding]
 async def _ask(config: Config, server: Server, found: dict[str, list[Finding]]) -> None:
     subject, findings = f"server {server.name}", found.setdefault(server.name, [])
     if any(secret is UNREAD for secret in server.headers.values()):
-        what = "It was not asked: only the daemon has its credential, from systemd."
+        what = (
+            "It was not asked: its secret was not read. comfyd status says how the daemon finds it."
+        )
         findings.append(ok(subject, what))
         return
     try:

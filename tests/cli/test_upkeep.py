@@ -279,7 +279,19 @@ def test_doctor_does_without_what_only_systemd_can_give(
     assert code == 0, out
     [(level, what, _)] = findings(out)["server a"]
     assert level == "ok"
-    assert "only the daemon has its credential" in what
+    assert "its secret was not read" in what
+
+
+def test_doctor_goes_on_where_a_secret_cannot_be_read(site: Site):
+    server = "{name: a, url: 'http://127.0.0.1:9', headers: {X-Key: {file: gone}}}"
+    site.config.write_text(site.config.read_text() + f"servers: [{server}]\n")
+    code, out, _ = site("doctor", "--json")
+    assert code == 1
+    [(level, what, _)] = findings(out)["configuration"]
+    assert (level, "cannot read" in what) == ("problem", True)
+    [(level, what, _)] = findings(out)["server a"]
+    assert (level, "its secret was not read" in what) == ("ok", True)
+    assert findings(out)["spool"][-1][1] == "A job can be moved through it."
 
 
 def may_run(uid: int) -> bool:
