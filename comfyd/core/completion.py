@@ -86,17 +86,20 @@ def judge_stopped(row: Row, record: Record, why: Outcome) -> Outcome:
 
 
 def mixed_up(job: JobId, record: Record) -> tuple[str, ...]:
-    """That files are named which were made for other jobs: the server may have mixed them up."""
-    others = {
-        ref.node: found[1]
+    """That files are named which were made for other jobs: the server may have mixed them up.
+
+    One sentence, however many files there are.
+    """
+    others = [
+        (ref.node, found[1])
         for ref in record.files
         if (found := _OWN_FOLDER.match(ref.subfolder.replace("\\", "/"))) and found[1] != job
-    }
-    return tuple(
-        f"Node {node} named a file that was made for another job, {other}: look whether it is the"
-        " right one."
-        for node, other in others.items()
-    )
+    ]
+    if not others:
+        return ()
+    node, other = others[0]
+    more = f", and {len(others) - 1} more are like it" if len(others) > 1 else ""
+    return (f"Node {node} named a file that was made for another job, {other}{more}: look at it.",)
 
 
 def success_warnings(record: Record) -> tuple[str, ...]:

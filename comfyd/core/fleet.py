@@ -242,8 +242,8 @@ class Fleet:
         )
 
     def is_wanted(self, row: Row, now_s: float) -> bool:
-        """Whether any server that works now has not said no to this job."""
-        return any(
+        """Whether nobody has said no to this job, or any server that works now has not."""
+        return not row.refused or any(
             self.is_usable(server, now_s)
             and not server.retiring
             and not verdicts.has_said(row, server.name, server.origin)

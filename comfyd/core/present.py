@@ -42,6 +42,19 @@ def shown_state(row: Row) -> str:
     return RUNNING if running else row.state.value
 
 
+def shown_since(row: Row, since_s: float) -> float:
+    """When *row* entered the state in which it is shown.
+
+    Args:
+      since_s: When it entered that of the journal, as far as this process knows: after a restart
+        the row itself knows better.
+
+    """
+    if row.state is not State.SUBMITTED or row.submitted_at is None:
+        return since_s
+    return row.submitted_at if row.started_at is None else row.started_at
+
+
 def journal_state(shown: str) -> State:
     """The state under which the journal keeps a row shown as *shown*.
 

@@ -18,7 +18,7 @@ from comfyd.core.model import JobId, PromptId, Row, ServerName, State
 from comfyd.core.notes import Note
 from comfyd.core.pace import RUNS, Forecast, Lane, Pace, forecast
 from comfyd.core.placing import submission_order
-from comfyd.core.present import shown_counts, shown_state
+from comfyd.core.present import shown_counts, shown_since, shown_state
 from comfyd.core.progress import Progress
 from comfyd.core.server import Server as EngineServer
 from comfyd.core.snapshot import (
@@ -132,7 +132,7 @@ class Overview:
         running = sum(shown_state(job.row) == "running" for job in shown)
         servers = tuple(self._server(server, at) for server in engine.servers.values())
         first = engine.next_up(QUEUE_MAX)
-        refused = {row.job for row in first if row.refused and not engine.fleet.is_wanted(row, at)}
+        refused = {row.job for row in first if not engine.fleet.is_wanted(row, at)}
         then, ready_s = self._forecast(servers, len(first) - len(refused), len(refused), at)
         in_turn = iter(then.queued)
         return Snapshot(
@@ -242,7 +242,7 @@ class Overview:
             server=row.server,
             prompt_id=row.prompt_id,
             attempt=row.attempt,
-            since=_since(job),
+            since=shown_since(row, live.since_s),
             silent_s=at - live.heard_s if row.state.in_flight else None,
             stale=self._engine.is_stale(job, now_s=at),
             progress=self._progress(row),
@@ -253,17 +253,6 @@ class Overview:
         if row.server is None or row.prompt_id is None or not row.state.in_flight:
             return None
         return self._watched(row.server, row.origin or "").progress(row.prompt_id)
-
-
-def _since(job: Job) -> float:
-    """When it entered the state that is shown; known after a restart, too, if the journal says."""
-    match shown_state(job.row):
-        case "running" if job.row.started_at is not None:
-            return job.row.started_at
-        case "submitted" if job.row.submitted_at is not None:
-            return job.row.submitted_at
-        case _:
-            return job.live.since_s
 
 
 def _queued(row: Row, position: int, ready_s: float | None, *, refused: bool) -> QueuedView:

@@ -30,6 +30,7 @@ from comfyd.core.present import (
     journal_state,
     rfc3339,
     shown_counts,
+    shown_since,
     shown_state,
 )
 from comfyd.core.snapshot import JobView, ServerState, ServerView, Snapshot
@@ -223,3 +224,17 @@ def test_a_clock_that_was_set_back_shows_no_negative_ages():
     assert shown["oldest_age_s"]["queued"] == 0
     assert shown["at_hand"][0]["for_s"] == 0
     assert shown["started"] is None
+
+
+@pytest.mark.parametrize(
+    ("state", "submitted_at", "started_at", "since"),
+    [
+        (State.SUBMITTED, T, T + 5, T + 5),  # running: not since it was submitted
+        (State.SUBMITTED, T, None, T),
+        (State.SUBMITTED, None, None, T + 60),
+        (State.COLLECTING, T, T + 5, T + 60),
+    ],
+)
+def test_since_when_it_is_as_shown_outlives_a_restart(state, submitted_at, started_at, since):
+    row = Row(job=JOB, seq=1, state=state, submitted_at=submitted_at, started_at=started_at)
+    assert shown_since(row, T + 60) == since
