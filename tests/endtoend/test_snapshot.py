@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from comfyd.core.model import prompt_id_of
 from comfyd.spool.layout import job_of
 from tests.endtoend import graphs
 from tests.endtoend.daemon import ROOT, Daemon
@@ -64,6 +65,7 @@ async def test_a_snapshot_put_back_goes_on_with_what_was_in_flight(simulator, tm
             for number in range(12):
                 daemon.drop(f"job-{number}.json", graphs.slow(number, 0.25))
             await until(lambda: consumer.look() >= 3)
+            [held] = [job_of(each) for each in os.listdir(daemon.spool.claimed) if "-11." in each]
             assert await comfyd(daemon, "hold", "--match", "job-11*") == (0, "")
             code, said = await comfyd(daemon, "snapshot", str(copy))
             assert code == 0, said
@@ -73,6 +75,9 @@ async def test_a_snapshot_put_back_goes_on_with_what_was_in_flight(simulator, tm
                 daemon.drop(f"job-{number}.json", graphs.slow(number, 0.25))
             before = consumer.look()
             await until(lambda: consumer.look() >= before + 4)
+            # What the snapshot holds is on the server: else it would stay held, and rightly so.
+            sent = prompt_id_of(held, 1)
+            await until(lambda: sent in simulator.pending or simulator.executions[sent])
             await until(lambda: simulator.running)
             if killed:
                 await daemon.kill()
