@@ -173,7 +173,12 @@ def phrase(kind: str, data: dict[str, Any]) -> str:
         case "signal", {"sign": sign}:
             return f"signal: {sign}{on}"
         case "retry", {"operation": operation, "reason": reason}:
-            return f"{operation} to be tried again: {reason}{on}"
+            said = f" ({data['said']})" if data.get("said") else ""
+            return f"{operation} to be tried again: {reason}{on}{said}"
+        case "charged", {"reason": "turned_away"}:
+            return f"charged{on}: it took others, and not this one"
+        case "charged", {"reason": reason}:
+            return f"charged{on}: {reason}"
         case "audit", {"verdict": verdict}:
             why = f" ({data['reason']})" if data.get("reason") else ""
             return f"audit{on}: {verdict}{why}"

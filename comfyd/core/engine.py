@@ -306,9 +306,16 @@ class Engine:
         self._step(job, fact, now_s, u)
 
     def _step(self, job: Job, fact: JobFact, now_s: float, u: float) -> None:
-        judged = isinstance(fact, Rejected | Fetched | Probed)
-        elsewhere = judged and self.fleet.elsewhere(job.row, now_s)
-        context = Context(now_s=now_s, u=u, policy=self.policy, elsewhere=elsewhere)
+        judged = isinstance(fact, Rejected | NotSent | Fetched | Probed)
+        server = self.fleet.of(job.row)
+        context = Context(
+            now_s=now_s,
+            u=u,
+            policy=self.policy,
+            elsewhere=judged and self.fleet.elsewhere(job.row, now_s),
+            takes_others=judged and self.fleet.takes_others(job.row),
+            answers=server is not None and bool(server.up),
+        )
         self._apply(job.row, lifecycle.step(job, fact, context), now_s)
 
     def _apply(self, before: Row, done: Step, now_s: float) -> None:
@@ -597,8 +604,8 @@ class Engine:
                 self._set(fact.server, draining=True)
                 self._remember(DRAINING, self._draining())
             case ResumeAsked():
-                server = self._set(fact.server, draining=False, failures=0, closed_until_s=0.0)
-                self.fleet.put(replace(server.renewed(), unfit_since_s=None))
+                server = self._set(fact.server, draining=False, unfit_since_s=None)
+                self.fleet.put(server.opened().renewed())
                 self._remember(DRAINING, self._draining())
 
     def _draining(self) -> list[str]:

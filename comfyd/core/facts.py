@@ -50,21 +50,37 @@ class Rejected:
 class NotSent:
     """Provably nothing reached the server's queue (refused, or turned away before it).
 
-    *operation* says what failed: submit, or an upload before it.
+    Attributes:
+      operation: What failed: submit, or an upload before it.
+      reached: The server was there: it answered, or broke off.
+      status: Of its answer, if one came.
+      said: What came instead of success, in a few words.
+
     """
 
     token: Token
     reason: str
     operation: str = "submit"
+    reached: bool = False
+    status: int | None = None
+    said: str = ""
     retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitUnknown:
-    """No usable answer to the POST: it may or may not be queued, now or later."""
+    """No usable answer to the POST: it may or may not be queued, now or later.
+
+    Attributes:
+      status: Of the answer, if one came.
+      said: What came instead of a usable one, in a few words.
+
+    """
 
     token: Token
     reason: str
+    status: int | None = None
+    said: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

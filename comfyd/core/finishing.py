@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import msgspec
 
+from comfyd.core import letdown
 from comfyd.core.facts import (
     Collected,
     CollectFailed,
@@ -47,6 +48,7 @@ from comfyd.core.moves import (
     with_live,
     with_row,
 )
+from comfyd.core.notes import Note
 from comfyd.core.policy import exponential_s
 
 
@@ -65,14 +67,7 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
     on_disk = fact.cause is Uncollected.DISK  # which is no place for telling it again and again
     retry = noted(job, "retry", story=not on_disk, operation="download", reason=fact.cause.value)
     if fact.cause in {Uncollected.MISSING, Uncollected.INVALID} and row.outcome.state is State.DONE:
-        charged = row.charged + 1
-        lost = noted(job, "lost", cause="outputs", charged=1)
-        if fact.again and charged < row.max_attempts:
-            return requeue(job, ctx, retry, lost, deaths=0, **charge_to(job, charged, ctx))
-        missing = fact.cause is Uncollected.MISSING
-        reason = Reason.OUTPUT_MISSING if missing else Reason.OUTPUT_INVALID
-        # What can be had of the rest is put beside the error.
-        return collect_as(job, failure(reason, fact.message), ctx, retry, lost, charged=charged)
+        return _outputs_lost(job, fact, ctx, retry)
     job = with_live(job, tries=job.live.tries + 1)
     if fact.cause is not Uncollected.DISK:
         if row.outcome.state is not State.DONE and job.live.tries >= policy.completion_attempts:
@@ -83,10 +78,25 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
             )
         job = with_live(job, unsure_s=job.live.unsure_s or ctx.now_s)
         if row.outcome.state is State.DONE and is_abandoned(job, ctx):
+            if ctx.answers:  # but not with what it made: that is no outage
+                sign = letdown.mark(job, fact.message, ctx)
+                return _outputs_lost(with_row(job, let_down=sign), fact, ctx, retry)
             lost = noted(job, "lost", cause="abandoned", charged=0)
             return requeue(job, ctx, retry, lost)
     delay_s = exponential_s(job.live.tries, policy.retry_first_s, policy.retry_max_s, u=ctx.u)
     return Step(plan(job, Ask.COLLECT, ctx.now_s + delay_s), notes=(retry,), urgent=False)
+
+
+def _outputs_lost(job: Job, fact: CollectFailed, ctx: Context, retry: Note) -> Step:
+    """What the prompt made cannot be had: it is made again, while the job may have attempts."""
+    charged = job.row.charged + 1
+    lost = noted(job, "lost", cause="outputs", charged=1)
+    if fact.again and charged < job.row.max_attempts:
+        return requeue(job, ctx, retry, lost, deaths=0, **charge_to(job, charged, ctx))
+    invalid = fact.cause is Uncollected.INVALID
+    reason = Reason.OUTPUT_INVALID if invalid else Reason.OUTPUT_MISSING
+    # What can be had of the rest is put beside the error.
+    return collect_as(job, failure(reason, fact.message), ctx, retry, lost, charged=charged)
 
 
 def at_once(job: Job, fact: Doubted, ctx: Context) -> Step:

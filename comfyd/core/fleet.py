@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from comfyd.core import verdicts
+from comfyd.core import letdown, verdicts
 from comfyd.core.facts import Accepted, NotSent, Rejected, SubmitUnknown
 from comfyd.core.fencing import Watch
 from comfyd.core.model import Fence, JobId, PromptId, Reason, Row, ServerName, State
@@ -157,14 +157,19 @@ class Fleet:
         if server is None or fact.token.attempt != row.attempt:
             return
         if isinstance(fact, Accepted | Rejected):
-            self.put(replace(server, failures=0, closed_until_s=0.0))
+            accepted_s = now_s if isinstance(fact, Accepted) else server.accepted_s
+            self.put(replace(server.opened(), accepted_s=accepted_s))
             return
         failures = server.failures + 1
         policy = self.policy
-        delay_s = exponential_s(failures, policy.retry_first_s, policy.retry_max_s, u=u)
+        answered = fact.status is not None and fact.status not in letdown.BUSY
+        most_s = policy.turned_away_max_s if answered else policy.retry_max_s
+        delay_s = exponential_s(failures, policy.retry_first_s, most_s, u=u)
         if isinstance(fact, NotSent) and fact.retry_after_s is not None:
             delay_s = max(delay_s, min(fact.retry_after_s, policy.abandon_after_s))
-        self.put(replace(server, failures=failures, closed_until_s=now_s + delay_s))
+        closed_until_s = now_s + delay_s
+        server = replace(server, failures=failures, closed_until_s=closed_until_s, said=fact.said)
+        self.put(server)
 
     def succeeded(self, row: Row) -> None:
         """A prompt succeeded: how long it took, and that its server is well."""
@@ -243,12 +248,19 @@ class Fleet:
 
     def is_wanted(self, row: Row, now_s: float) -> bool:
         """Whether nobody has said no to this job, or any server that works now has not."""
-        return not row.refused or any(
+        return not row.verdicts or any(
             self.is_usable(server, now_s)
             and not server.retiring
             and not verdicts.has_said(row, server.name, server.origin)
             for server in self.servers.values()
         )
+
+    def takes_others(self, row: Row) -> bool:
+        """Whether its server has accepted another job since some server let this one down."""
+        server = self.of(row)
+        if server is None or row.let_down is None:
+            return False
+        return server.accepted_s > row.let_down.since_s
 
     def is_hopeful(self, server: Server, now_s: float) -> bool:
         """Whether it is worth waiting for: it is well, or has not been unwell for long."""
@@ -289,17 +301,27 @@ class Fleet:
         theirs = server.remaining if server.hearing and ours else 0
         return max(ours, theirs) < server.room(self.policy)
 
-    def place(self, row: Row, open_: Iterable[ServerName]) -> Server | None:
-        """The least loaded of *open_* that may take this job."""
-        best: tuple[tuple[bool, float], Server] | None = None
+    def place(self, row: Row, open_: Iterable[ServerName], *, fresh: bool = False) -> Server | None:
+        """The least loaded of *open_* that may take this job.
+
+        Args:
+          fresh: A job waits that no server has let down. Such a one shows sooner whether a server
+            that turned the last one away takes any: this one waits for that, if one let it down.
+
+        """
+        best: tuple[tuple[bool, bool, float], Server] | None = None
         for name in open_:
             server = self.servers[name]
             ours = len(self.on_server[name])
             if verdicts.has_said(row, name, server.origin) or (row.deaths and ours):
                 continue
-            # Where prompts wait and none was seen to run, only if there is nowhere else.
+            if fresh and row.let_down is not None and server.failures:
+                continue
+            # Where prompts wait and none was seen to run, only if there is nowhere else; nor where
+            # it was let down.
             rank = (
                 server.idle_since_s is not None,
+                letdown.is_by(row, name, server.origin),
                 max(ours, server.remaining) / server.room(self.policy),
             )
             if best is None or rank < best[0]:

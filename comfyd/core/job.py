@@ -14,6 +14,7 @@ from comfyd.core.facts import (
     Answer,
     Hint,
     LateSuccess,
+    SubmitUnknown,
     Wish,
 )
 from comfyd.core.model import (
@@ -59,6 +60,7 @@ class Live:
       alone: No other prompt of ours was on its server when the connection ended.
       stalling: Silent past its stall deadline: the next look decides.
       recovered: Found in the journal at start: its signals went to a process that is gone.
+      unheard: What came of its POST, if that was no usable answer.
 
     """
 
@@ -80,6 +82,7 @@ class Live:
     alone: bool = False
     stalling: bool = False
     recovered: bool = False
+    unheard: SubmitUnknown | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ class Context:
       u: A uniform sample from [0, 1).
       elsewhere: There is another server that has not said anything against this job, and that works
         or may do so again soon.
+      takes_others: Its server has accepted another job since this one was last let down.
+      answers: Its server answers health probes.
 
     """
 
@@ -104,6 +109,8 @@ class Context:
     u: float
     policy: Policy
     elsewhere: bool = False
+    takes_others: bool = False
+    answers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The part of the queue that is in memory: the best of it, bounded. The journal has all of it.
 
-Jobs that some server has refused are kept apart from those that none has: however many wait for
-the one server that is left to them, what any other server can run is seen behind them.
+Jobs that some server has refused or let down are kept apart from those that none has: however many
+wait for the one server that is left to them, what any other server can run is seen behind them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ REFUSED_AHEAD = 128
 
 
 class _Shelf:
-    """Queued jobs of one kind, best first: those that some server has refused, or that none has.
+    """Queued jobs of one kind, best first: those that some server has refused or let down, or that
+    none has.
 
     Args:
       refused: Which.
@@ -107,7 +108,7 @@ class LookAhead:
         shelf.queued += 1
         if old is None or old.state is not State.QUEUED or old.refused != row.refused:
             heapq.heappush(shelf.heap, _entry(row))
-        if row.refused:
+        if row.verdicts:
             self.picky[row.job] = None
             self._judged = False
         if row.queue_by is not None:
@@ -152,6 +153,13 @@ class LookAhead:
         heaps = [shelf.heap for shelf in self._shelves if shelf.heap]
         best = min(heaps, key=lambda heap: heap[0], default=None)
         return None if best is None else self._jobs[heapq.heappop(best)[2]]
+
+    def has_fresh(self, now_s: float) -> bool:
+        """Whether one that no server has refused or let down may be sent now."""
+        fresh = self._shelves[0]
+        while fresh.heap and not self._is_due(fresh, fresh.heap[0], now_s):
+            heapq.heappop(fresh.heap)
+        return bool(fresh.heap)
 
     def put_back(self, jobs: Iterable[Job]) -> None:
         for job in jobs:

@@ -169,6 +169,24 @@ class Verdict(Value, frozen=True):
     outcome: Outcome
 
 
+class LetDown(Value, frozen=True):
+    """A server that was reached, and took no submission of a job or did not hand out its outputs.
+
+    Attributes:
+      server, origin: The last that did so.
+      times: How often one did since a server last had a prompt of it.
+      since_s: When one last did, or last had a prompt of it.
+      said: What came of it, in a few words.
+
+    """
+
+    server: ServerName
+    origin: str
+    times: int
+    since_s: float
+    said: str
+
+
 class Fence(Value, frozen=True):
     """An attempt that was given up without proof that it is over.
 
@@ -223,6 +241,7 @@ class Row(Value, frozen=True):
       dropped: Times a prompt vanished from a server that lived on (deleted by someone else).
       deaths: Servers that died in a row with this job on them. One that has any is sent alone.
       verdicts: What servers said against it; it is tried on those that have not said anything.
+      let_down: The last server that took no submission of it, or kept its outputs, if any did.
       crashes: Daemon crashes in a row with this job at hand in this same state.
       not_before: Not to be submitted earlier than this.
       server, origin: Where the current attempt is: the name, and the URL it had then.
@@ -269,6 +288,7 @@ class Row(Value, frozen=True):
     completion: Source | None = None
     abandoned: tuple[tuple[str, str, str], ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+    let_down: LetDown | None = None
     held: str = ""
     queue_s: float | None = None
     queue_by: float | None = None
@@ -289,5 +309,5 @@ class Row(Value, frozen=True):
 
     @property
     def refused(self) -> bool:
-        """Whether some server has said no to it."""
-        return bool(self.verdicts)
+        """Whether some server has said no to it, or let it down."""
+        return bool(self.verdicts) or self.let_down is not None

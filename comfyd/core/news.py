@@ -28,8 +28,7 @@ def heed(
     here = [jobs[job_id] for job_id in fleet.on_server[fact.server]]
     match fact:
         case Connected(client_id=client_id):
-            fresh = replace(server, client_id=client_id, failures=0, closed_until_s=0.0)
-            fleet.put(replace(fresh, run_average_s=None))
+            fleet.put(replace(server.opened(), client_id=client_id, run_average_s=None))
             fleet.look_again(fact.server, now_s)
             # The sweep: nothing is ever replayed to a new connection.
             return [(job, Doubted()) for job in here]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from comfyd.core import verdicts
+from comfyd.core import letdown, verdicts
 from comfyd.core.fleet import Fleet
 from comfyd.core.job import Assigned, Job
 from comfyd.core.lookahead import LookAhead
@@ -22,7 +22,7 @@ def assignments(ahead: LookAhead, fleet: Fleet, now_s: float) -> Iterator[tuple[
     open_ = {s.name for s in fleet.servers.values() if fleet.has_room(s, now_s)}
     passed_over = []
     while open_ and (job := ahead.pop(now_s)) is not None:
-        server = fleet.place(job.row, sorted(open_))
+        server = fleet.place(job.row, sorted(open_), fresh=ahead.has_fresh(now_s))
         if server is None:
             passed_over.append(job)
             if job.row.deaths:  # it is sent alone: let a server become empty for it
@@ -92,7 +92,8 @@ def recalls(
 
 def _could_run(fleet: Fleet, server: Server, row: Row, now_s: float) -> bool:
     said = verdicts.has_said(row, server.name, server.origin)
-    return not said and fleet.is_usable(server, now_s)
+    failed = letdown.is_by(row, server.name, server.origin)
+    return not said and not failed and fleet.is_usable(server, now_s)
 
 
 def submission_order(row: Row) -> tuple[float, float, int]:

@@ -19,6 +19,8 @@ class Policy:
     listen_grace_s: How long a server without a live WebSocket is left alone before prompts are sent
       to it all the same (and then polled): a reconnect usually takes less.
     retry_first_s, retry_max_s: Exponential waits where a local or server failure is simply retried.
+    turned_away_max_s: The longest of such waits of a server that turned a submission away by an
+      answer: it may be the job, so that another is to be tried soon.
     max_crashes: Daemon crashes in a row with the same job at hand before it is held.
     run_timeout_s, stall_timeout_s: For jobs that set none themselves; ``jobs``.
     wedge_after_s: Prompts wait on a server and none runs, for so long: its worker is dead.
@@ -41,6 +43,7 @@ class Policy:
     stop_grace_s: float = 30.0
     retry_first_s: float = 0.5
     retry_max_s: float = 30.0
+    turned_away_max_s: float = 5.0
     max_crashes: int = 3
     run_timeout_s: float = 7200.0
     stall_timeout_s: float = 900.0

@@ -114,11 +114,17 @@ def job_summary(row: Row) -> dict[str, Any]:
 
 
 def _awaited(row: Row) -> str:
-    """What a job waits for that some server has said no to; "" for any other."""
-    if row.state is not State.QUEUED or not row.verdicts:
+    """What a job waits for that some server has said no to, or let down; "" for any other."""
+    if row.state is not State.QUEUED:
         return ""
-    said = "; ".join(f"{verdict.server}: {verdict.outcome.message}" for verdict in row.verdicts)
-    return f"Waits for a server that has not said no to it yet. {said}"
+    if row.verdicts:
+        said = "; ".join(f"{verdict.server}: {verdict.outcome.message}" for verdict in row.verdicts)
+        return f"Waits for a server that has not said no to it yet. {said}"
+    sign = row.let_down
+    if sign is None or not sign.times:
+        return ""
+    times = "once" if sign.times == 1 else f"{sign.times} times in a row, the last time"
+    return f"Is tried again: it was let down {times} by {sign.server} ({sign.said.rstrip('.')})."
 
 
 def job_story(row: Row, events: Iterable[Told], *, full: bool = False) -> dict[str, Any]:

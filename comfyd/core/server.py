@@ -22,6 +22,8 @@ class Server:
       stalled: The connection is open but the server sends no events: work by polling.
       remaining: The server's own count of prompts, others' included, as last heard.
       failures, closed_until_s: Submissions turned away in a row, and when to try the next.
+      said: What came of the last of those, in a few words; "" if there was none, or no answer.
+      accepted_s: When it last accepted a prompt of ours.
       run_average_s: Moving average of run times since the last (re)connect.
       listen_by_s: Until then a missing connection is given time to come (back) before prompts are
         sent that nobody would hear of.
@@ -48,6 +50,8 @@ class Server:
     remaining: int = 0
     failures: int = 0
     closed_until_s: float = 0.0
+    said: str = ""
+    accepted_s: float = -math.inf
     run_average_s: float | None = None
     listen_by_s: float = 0.0
     draining: bool = False
@@ -81,6 +85,10 @@ class Server:
     @property
     def hearing(self) -> bool:
         return self.client_id is not None and not self.stalled
+
+    def opened(self) -> Server:
+        """It takes submissions, or may do so again: what it turned away is forgotten."""
+        return replace(self, failures=0, closed_until_s=0.0, said="")
 
     def struck(self, job: JobId, *, card: bool) -> Server:
         """*job* failed here, and it may be the server's fault."""

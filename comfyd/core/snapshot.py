@@ -36,7 +36,7 @@ class ServerState(enum.Enum):
 def state_of(
     server: Server, *, trouble: str, down: str, in_flight: int, fences: int = 0
 ) -> tuple[ServerState, str]:
-    """The word for *server*, and why it gets nothing, as a sentence; "" if it does.
+    """The word for *server*, and why it gets nothing or takes nothing; "" if it does.
 
     Args:
       trouble: Why it is wedged; "" if it is not.
@@ -53,8 +53,20 @@ def state_of(
         return ServerState.DRAINING, leaving_words(server, in_flight)
     if server.draining:
         return ServerState.DRAINING, draining_words(in_flight)
-    waits = f"gets nothing until {prompts(fences)} given up there ended for sure" if fences else ""
+    if fences:
+        waits = f"gets nothing until {prompts(fences)} given up there ended for sure"
+    else:
+        waits = _turned_away(server)
     return (ServerState.DEAF if server.stalled else ServerState.UP), waits
+
+
+def _turned_away(server: Server) -> str:
+    """That nothing gets through to it; "" if the last submission did."""
+    if not server.failures:
+        return ""
+    last = "submission" if server.failures == 1 else f"{server.failures} submissions"
+    what = f"did not take the last {last}" if server.said else f"was not reached by the last {last}"
+    return f"{what}{f' ({server.said})' if server.said else ''}; others are tried"
 
 
 def _also_drained(server: Server, why: str) -> str:

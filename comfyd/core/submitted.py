@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from comfyd.core import completion, verdicts
+from comfyd.core import completion, letdown, verdicts
 from comfyd.core.facts import (
     CheckAsked,
     Fetched,
@@ -288,17 +288,21 @@ def lose(job: Job, ctx: Context) -> Step:
     """
     row = job.row
     died = job.live.refused or bool(job.live.orphan) or job.live.recovered
+    cause = "restart" if died else "absent"
     dropped, deaths, charged = row.dropped, row.deaths, row.charged
-    if row.started_at is None and row.state is State.SUBMITTING:
-        pass  # it was never known to be there
-    elif died:
+    if row.started_at is None and row.state is State.SUBMITTING:  # it was never known to be there
+        lost = noted(job, "lost", cause=cause, charged=0)
+        unheard = job.live.unheard
+        if unheard is None:
+            return requeue(job, ctx, lost)
+        return letdown.turned_away(job, unheard.said, unheard.status, ctx, lost)
+    if died:
         deaths += 1
         if row.deaths or job.live.alone:
             charged = min(max(charged + 1, deaths), row.max_attempts)
     else:
         charged += row.dropped > 0
         dropped += 1
-    cause = "restart" if died else "absent"
     lost = noted(job, "lost", cause=cause, charged=charged - row.charged)
     changes = {"dropped": dropped, "deaths": deaths}
     if charged >= row.max_attempts and row.why is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from comfyd.core import submitted, verdicts
+from comfyd.core import letdown, submitted, verdicts
 from comfyd.core.facts import (
     Accepted,
     Hint,
@@ -91,6 +92,7 @@ def accepted(job: Job, fact: Accepted, ctx: Context) -> Step:
 
 def on_server(job: Job, ctx: Context, *notes: Note) -> Step:
     """The server has the prompt: wait for its end, unless the end was heard already."""
+    job = letdown.taken(job, ctx)
     if job.row.why is not None:
         return move(job, State.STOPPING, ctx, *notes, submitted_at=ctx.now_s)
     done = move(job, State.SUBMITTED, ctx, *notes, submitted_at=ctx.now_s)
@@ -126,17 +128,24 @@ def unsendable(job: Job, fact: Unsendable, ctx: Context) -> Step:
 
 
 def not_sent(job: Job, fact: NotSent, ctx: Context) -> Step:
-    """Back to the queue: nothing reached the server."""
-    # Nothing reached the server, so the identity is unused and may be used again anywhere.
-    retry = noted(job, "retry", operation=fact.operation, reason=fact.reason)
+    """Back to the queue: no prompt is there. At its old place, if nobody was met at all."""
+    retry = _retry(job, fact.operation, fact)
+    if fact.reached:
+        return letdown.turned_away(job, fact.said, fact.status, ctx, retry)
+    # No prompt of that identity was ever anywhere, so it may be used again.
     return requeue(job, ctx, retry, attempt=job.row.attempt - 1)
 
 
 def submit_unknown(job: Job, fact: SubmitUnknown, ctx: Context) -> Step:
     """It may be there, now or later: look after the grace, do not send again."""
-    retry = noted(job, "retry", operation="submit", reason=fact.reason)
+    retry = _retry(job, "submit", fact)
     grace = Ask.PROBE, ctx.now_s + ctx.policy.lost_grace_s
-    return Step(plan(job, *grace), notes=(retry,), urgent=False)
+    return Step(plan(with_live(job, unheard=fact), *grace), notes=(retry,), urgent=False)
+
+
+def _retry(job: Job, operation: str, fact: NotSent | SubmitUnknown) -> Note:
+    data: dict[str, Any] = {"operation": operation, "reason": fact.reason}
+    return noted(job, "retry", **(data | {"said": fact.said} if fact.said else data))
 
 
 def hinted(job: Job, fact: Hint, ctx: Context) -> Step:

@@ -24,6 +24,7 @@ from comfyd.core.facts import (
 from comfyd.core.model import PromptId, Row, State, prompt_id_of
 from comfyd.core.orders import Submit
 from comfyd.core.wire.rejection import decode_rejection
+from comfyd.core.wire.tolerant import line
 from comfyd.core.workflow import Graph, Input, quoted
 from comfyd.errors import (
     JobFileError,
@@ -151,26 +152,57 @@ async def _upload(job: Job, client: Client, spool: Spool) -> None:
             try:
                 known[ours] = await client.upload(ours, content)
             except ServerStatus as error:
-                if error.status == 413:
-                    raise _TooLarge(name, piece.size_bytes) from error
+                if error.status in _PERMANENT:
+                    raise _Refused(name, piece.size_bytes, error) from error
                 raise
         job.names[target] = known[ours]
 
 
-class _TooLarge(Exception):
-    """The server takes no file so large."""
+class _Refused(Exception):
+    """The server does not take this file: it is too large, or not to its liking."""
 
-    def __init__(self, name: str, size_bytes: int) -> None:
+    def __init__(self, name: str, size_bytes: int, error: ServerStatus) -> None:
+        self.status = error.status
+        if error.status == 413:
+            super().__init__(
+                f"{quoted(name)} has {size_bytes} bytes, more than the server takes in one upload;"
+                " start ComfyUI with a larger --max-upload-size (in MB), or submit a smaller file."
+            )
+            return
+        said = line(error.body, 200)
         super().__init__(
-            f"{quoted(name)} has {size_bytes} bytes, more than the server takes in one upload;"
-            " start ComfyUI with a larger --max-upload-size (in MB), or submit a smaller file."
+            f"The server does not take {quoted(name)} (HTTP status {error.status}"
+            f"{f': {said}' if said else ''}); look for the reason in its log, or in that of a proxy"
+            " before it."
         )
 
 
 def _not_sent(token: Token, error: ServerError) -> NotSent:
     """An upload failed: whatever the server has of it, no prompt is there."""
-    after_s = error.retry_after_s if isinstance(error, ServerStatus) else None
-    return NotSent(token=token, reason=reason_of(error), operation="upload", retry_after_s=after_s)
+    status, after_s = None, None
+    if isinstance(error, ServerStatus):
+        status, after_s = error.status, error.retry_after_s
+    reached = _reached(error)
+    return NotSent(
+        token=token,
+        reason=reason_of(error),
+        operation="upload",
+        reached=reached,
+        status=status,
+        said=f"upload: {error}" if reached else "",
+        retry_after_s=after_s,
+    )
+
+
+def _reached(error: ServerError) -> bool:
+    """Whether the server was there: what failed then may be the job's fault."""
+    match error:
+        case ServerRefused():
+            return False
+        case ServerUnreachable():
+            return error.sent
+        case _:
+            return True
 
 
 async def submit(
@@ -201,8 +233,8 @@ async def submit(
         body = await trio.to_thread.run_sync(lambda: job.body(unique_prefix=unique_prefix))
     except JobFileError as error:
         return Unsendable(token=token, message=error.message)
-    except _TooLarge as error:
-        return Rejected(token=token, message=str(error), detail={"status": 413})
+    except _Refused as error:
+        return Rejected(token=token, message=str(error), detail={"status": error.status})
     except ServerError as error:
         return _not_sent(token, error)
     on_graph(row.prompt_id, job.document.graph)
@@ -212,18 +244,25 @@ async def submit(
         return NotSent(token=token, reason="refused")
     except ServerUnreachable as error:
         if error.sent:
-            return SubmitUnknown(token=token, reason="timeout")
+            return SubmitUnknown(token=token, reason="timeout", said=str(error))
         return NotSent(token=token, reason="unreachable")
-    except ServerProtocol:
-        return SubmitUnknown(token=token, reason="protocol")
+    except ServerProtocol as error:
+        return SubmitUnknown(token=token, reason="protocol", said=str(error))
     except ServerStatus as error:
         if error.status in _PERMANENT:
             message, detail = decode_rejection(error.status, error.body.encode())
             return Rejected(token=token, message=message, detail=detail)
         if error.status < 500:
-            return NotSent(token=token, reason="status", retry_after_s=error.retry_after_s)
-        return SubmitUnknown(token=token, reason="status")
+            return NotSent(
+                token=token,
+                reason="status",
+                reached=True,
+                status=error.status,
+                said=str(error),
+                retry_after_s=error.retry_after_s,
+            )
+        return SubmitUnknown(token=token, reason="status", status=error.status, said=str(error))
     if reply.prompt_id != row.prompt_id:
-        return SubmitUnknown(token=token, reason="protocol")
+        return SubmitUnknown(token=token, reason="protocol", said="it answered another prompt id")
     on_posted()
     return Accepted(token=token, number=reply.number, node_errors=reply.node_errors)

@@ -75,6 +75,8 @@ class Teller:
                 _log.warning("attempt_lost", **about, cause=data["cause"], charged=data["charged"])
             case "retry", _ if data["operation"] == "attempt":
                 _log.info("job_requeued", **about, reason=data["reason"])
+            case "retry", _ if data["operation"] in {"submit", "upload"}:
+                _log.warning("submission_failed", **about, **data)
             case "moved", "held":
                 _log.warning("job_held", **about, reason=data["reason"])
             case "fenced", _:

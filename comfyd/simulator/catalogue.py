@@ -50,6 +50,8 @@ def _save(run: Run, folder: str, prefix: str, contents: list[bytes], ending: str
     subfolder, name = posixpath.split(posixpath.normpath(prefix))
     if subfolder.startswith(("/", "..")):
         raise NodeError("Saving image outside the output folder is not allowed.", "Exception")
+    if "\0" in prefix:
+        raise NodeError("embedded null byte", "ValueError")
     counter = next_counter(run.files, folder, subfolder, name)
     saved = []
     for number, content in enumerate(contents):

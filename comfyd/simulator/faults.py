@@ -94,6 +94,13 @@ def _status(text: str) -> StatusFail:
     return StatusFail(int(status), _how_often(how_often))
 
 
+def _status_of_class(text: str) -> ClassFail:
+    status, _, class_type = text.partition(":")
+    if not class_type:
+        raise ValueError(f"a status and a node class are wanted, as in 500:KSampler, not {text!r}")
+    return ClassFail(_status(status).status, class_type)
+
+
 def _card(text: str) -> CardFail:
     kind, _, how_often = text.partition(":")
     if kind not in CARD_FAILURES:
@@ -126,6 +133,14 @@ class StatusFail:
 
     status: int
     how_often: HowOften
+
+
+@dataclass(frozen=True, slots=True)
+class ClassFail:
+    """The HTTP status with which graphs that hold a node class are answered."""
+
+    status: int
+    class_type: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +188,13 @@ SWITCHES: Final = (
     Switch("evict-history", "N", "keep the newest N records only", "evict_history", _number),
     Switch("post-refuse", _OFTEN, "POST /prompt closed unread", "post_refuse", _how_often),
     Switch("post-fail", "STATUS[:HOW-OFTEN]", "POST /prompt fails", "post_fail", _status),
+    Switch(
+        "post-fail-class",
+        "STATUS:CLASS",
+        "POST /prompt fails for a graph with that node class",
+        "post_fail_class",
+        _status_of_class,
+    ),
     Switch(
         "post-ambiguous", _OFTEN, "POST /prompt queued, then closed", "post_ambiguous", _how_often
     ),
@@ -286,6 +308,7 @@ class Faults:
     evict_history: int | None = None
     post_refuse: HowOften | None = None
     post_fail: StatusFail | None = None
+    post_fail_class: ClassFail | None = None
     post_ambiguous: HowOften | None = None
     post_hang: HowOften | None = None
     post_delay_s: float = 0.0

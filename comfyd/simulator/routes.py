@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import mimetypes
 import posixpath
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from comfyd.simulator.validation import validate
 
 _RAM_BYTES: Final = 32 * 1024**3
 _VRAM_BYTES: Final = 24 * 1024**3
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _log = logging.getLogger(__name__)
 
 
@@ -126,6 +128,8 @@ class Routes:
             return Hangup()
         if faults.post_fail is not None and faults.strikes(faults.post_fail):
             return Response(faults.post_fail.status, b"on purpose", "text/plain; charset=utf-8")
+        if (fail := faults.post_fail_class) is not None and fail.class_type in _classes(request):
+            return Response(fail.status, b"on purpose", "text/plain; charset=utf-8")
         # A client that gives up does not stop the handler: the prompt is queued all the same.
         await trio.sleep(faults.post_delay_s)
         answer = self._accept(request.json())
@@ -206,7 +210,7 @@ class Routes:
             queue.forget(prompt_id)
         return Response()
 
-    def _get_view(self, query: dict[str, str]) -> Response:
+    def _get_view(self, query: dict[str, str]) -> Answer:
         fail = self._faults.view_fail
         if fail is not None and self._faults.strikes(fail):
             return Response(fail.status, b"on purpose", "text/plain; charset=utf-8")
@@ -226,6 +230,8 @@ class Routes:
         if self._faults.strikes(self._faults.view_wrong):
             page = b"<html><body>Sign in to continue</body></html>"
             return Response(200, page, "text/html; charset=utf-8")
+        if _CONTROL.search(name):
+            return Hangup()  # aiohttp refuses to write such a header, and closes the connection
         is_cut = self._faults.strikes(self._faults.view_truncate)
         return Response(
             200,
@@ -291,6 +297,13 @@ class Routes:
                 }
             ],
         }
+
+
+def _classes(request: Request) -> set[str]:
+    """The node classes of the graph in a request, as far as it has one."""
+    graph = request.json().get("prompt")
+    nodes = graph.values() if isinstance(graph, dict) else ()
+    return {str(node.get("class_type")) for node in nodes if isinstance(node, dict)}
 
 
 def features(faults: Faults) -> dict[str, Any]:

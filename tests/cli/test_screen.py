@@ -304,6 +304,22 @@ def test_missing_jobs_are_asked_for_in_turn(site: Site):
         ("finished", {"outcome": "failed", "reason": "lost"}, "failed: lost"),
         ("moved", {}, "moved"),
         ("audit", {"verdict": "unknown", "reason": "500"}, "audit: unknown (500)"),
+        (
+            "retry",
+            {"operation": "submit", "reason": "refused"},
+            "submit to be tried again: refused",
+        ),
+        (
+            "retry",
+            {"operation": "upload", "reason": "status", "said": "HTTP status 500", "server": "a"},
+            "upload to be tried again: status on a (HTTP status 500)",
+        ),
+        (
+            "charged",
+            {"charged": 1, "reason": "turned_away", "server": "a"},
+            "charged on a: it took others, and not this one",
+        ),
+        ("charged", {"charged": 1, "reason": "stalled", "server": "a"}, "charged on a: stalled"),
     ],
 )
 def test_events_in_words(kind: str, data: dict[str, object], words: str):

@@ -188,6 +188,28 @@ async def test_a_view_is_refused(session: Session, query: dict[str, str], status
     assert (await view(session, **query)).status_code == status
 
 
+@pytest.mark.parametrize("control", ["\n", "\x7f"])
+async def test_a_name_that_no_header_can_hold_is_never_handed_out(
+    session: Session, control: str
+) -> None:
+    graph = graphs.success(f"{session.prefix}{control}name", session.colour)
+    (image,) = (await run(session, graph))["9"]["images"]  # type: ignore[index]
+    assert control in image["filename"]
+    with pytest.raises(httpx.RemoteProtocolError):
+        await view(session, **image)
+
+
+async def test_a_null_byte_in_a_prefix_raises(session: Session) -> None:
+    body = {"prompt": graphs.success(f"{session.prefix}\0name", session.colour)}
+    answer = await session.http("POST", "/prompt", json=body)
+    record = await session.wait_recorded(answer.json()["prompt_id"])
+    assert record["status"]["completed"] is False
+    name, said = record["status"]["messages"][-1]
+    assert name == "execution_error"
+    assert said["exception_type"] == "ValueError"
+    assert "embedded null byte" in said["exception_message"]
+
+
 async def test_an_upload_is_renamed_only_if_its_content_differs(session: Session) -> None:
     name = f"{session.prefix}.bin"
     names = []

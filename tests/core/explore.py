@@ -11,7 +11,7 @@ from tests.core.test_explorer import FAULTS, WORLDS
 # What can happen to servers and by persons, besides FAULTS.
 MORE = {
     "hang": 1, "off": 1, "forget": 1, "reject": 1, "zombie": 1, "stubborn": 1, "hold": 1,
-    "drain": 1, "full": 1, "disk": 1, "conflict": 1, "remove": 1,
+    "drain": 1, "full": 1, "disk": 1, "conflict": 1, "remove": 1, "away": 2, "mean": 1,
 }  # fmt: skip
 LONG = [
     ("a", "S", FAULTS, 2, PLAIN),
@@ -22,6 +22,8 @@ LONG = [
     *(("ab", "ST", {fault: 1}, 1, PLAIN) for fault in FAULTS),
     ("ab", "ST", {}, 0, Scene(window=2, down="T")),
     ("ab", "S", {"crash": 1}, 1, Scene(window=2)),
+    ("ab", "S", {"away": 2}, 2, PLAIN),
+    ("ab", "S", {"away": 4}, 4, Scene(window=2)),
     ("a", "S", FAULTS, 3, PLAIN),
 ]
 

@@ -41,7 +41,8 @@ POLICY = Policy(
     completion_attempts=2, completion_backoff_s=1, audit_interval_s=3, stale_after_s=3,
     orphan_interval_s=1, lost_grace_s=2, abandon_after_s=4, ending_grace_s=1, listen_grace_s=1,
     stop_retry_s=1, stop_grace_s=3, retry_first_s=1, retry_max_s=2, wedge_after_s=2,
-    recall_after_s=2, sick_after=1, run_timeout_s=math.inf, stall_timeout_s=math.inf,
+    turned_away_max_s=2, recall_after_s=2, sick_after=1, run_timeout_s=math.inf,
+    stall_timeout_s=math.inf,
 )  # fmt: skip
 # What happens in our own folders touches nothing else: no need to interleave it with more than a
 # crash and a consumer.
@@ -63,6 +64,7 @@ class Sim:
     hung: bool = False  # it answers nothing and runs nothing, and remembers all of it
     off: bool = False  # no process is there: its address refuses, its memory is gone
     dead: bool = False  # its worker is: it takes prompts and runs none
+    mean: bool = False  # it hands out no outputs
 
     def presence(self, pid: str) -> Presence:
         if self.running is not None and self.running[0] == pid:
@@ -378,6 +380,8 @@ class World:
                 sim = Sim() if about.server is None else self.sims[about.server]
                 silent = sim.hung or (about.server is not None and not self.knows(about.server))
                 goes = refused if sim.off else into_the_void if silent else carry_out
+                keeps = sim.mean and isinstance(item[1], orders.Collect)
+                goes = into_the_void if keeps else goes
                 for label, act, cost in goes(*item):
                     label = f"{label} {about.job}"
                     yield label, lambda w: (setattr(w, "work", rest), act(w)), cost
@@ -462,6 +466,10 @@ class World:
                 yield f"{name} ends", lambda w: w.end(name, End.SUCCESS), None
                 yield f"{name} fails", lambda w: w.end(name, End.ERROR), "error"
             yield f"{name} restarts", lambda w: w.restart(name), "restart"
+            if sim.mean:
+                yield f"{name} gives", lambda w: w.put(name, mean=False), None
+            else:
+                yield f"{name} keeps", lambda w: w.put(name, mean=True), "mean"
             if sim.client is not None:
                 yield f"{name} deaf", lambda w: w.put(name, deaf=True), "deaf"
             if sim.pending:
@@ -510,7 +518,14 @@ class World:
                     r.client_id, r.prompt_id, off(r.submitted_at, 3), off(r.not_before), began,
                     r.retired, len(r.abandoned), r.why and (r.why.state, r.why.reason),
                     r.outcome and r.outcome.reason, r.record and r.record.end, off(r.queue_by),
-                    tuple((v.server, v.outcome.reason) for v in r.verdicts))
+                    tuple((v.server, v.outcome.reason) for v in r.verdicts),
+                    r.let_down and (r.let_down.server, min(r.let_down.times, 2), others(r)))
+
+        def others(r: Row) -> tuple[str, ...]:
+            """Servers that took another job since this one was let down."""
+            servers = self.engine.servers.values() if self.engine else ()
+            since_s = r.let_down.since_s if r.let_down else math.inf
+            return tuple(s.name for s in servers if s.accepted_s > since_s)
 
         def token(o: Any) -> tuple[object, ...]:
             if isinstance(o, orders.Fence):
@@ -525,6 +540,7 @@ class World:
             (name, row(job.row), v.order, v.want, v.look, off(v.look_s), v.ended, v.refused,
              off(v.absent_s, 2), off(v.unsure_s, 4), v.orphan, v.recovered, min(v.tries, 3),
              off(v.since_s, 3) if job.row.state is State.STOPPING else None, v.alone, v.stalling,
+             v.unheard is None,
              None if self.scene.stall_s is None else off(v.heard_s, 5))
             for name, job in sorted(self.engine.jobs.items() if self.engine else ())
             for v in [job.live]]
@@ -642,6 +658,10 @@ def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str |
             yield "post", then(lambda w: w.post(row)), None
             yield "refused", says(facts.NotSent(token=t, reason="refused")), "loss"
             yield "rejected", says(facts.Rejected(token=t, message="no such node")), "reject"
+            away = facts.NotSent(token=t, reason="status", reached=True, status=500)
+            yield "turned away", says(away), "away"
+            nonsense = facts.SubmitUnknown(token=t, reason="status", status=500)
+            yield "turned away perhaps", says(nonsense), "away"
         case orders.Submit(), _:
             accepted = facts.Accepted(token=t)
             yield "accepted", lambda w: (w.count(row.server), w.answer(accepted)), None

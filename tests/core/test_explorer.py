@@ -30,6 +30,8 @@ WORLDS = {
     "one of two is switched off": ("ST", {"off": 1, "crash": 1}, 1, PLAIN),
     "servers say no": ("ST", {"reject": 2, "error": 2, "crash": 1}, 2, PLAIN),
     "one says no, the other is down": ("ST", {"reject": 1, "error": 1}, 1, Scene(down="T")),
+    "a server turns jobs away": ("S", {"away": 3, "crash": 1}, 3, PLAIN),
+    "one of two lets jobs down": ("ST", {"away": 1, "mean": 1}, 2, PLAIN),
     "a worker dies": ("ST", {"zombie": 1, "crash": 1}, 2, PLAIN),
     "deadlines": ("S", {"stubborn": 1, "crash": 1}, 2, Scene(queue_s=2, run_s=3, stall_s=2)),
     "wishes": ("S", {"hold": 1, "cancel": 1, "crash": 1}, 2, Scene(down="S", queue_s=2)),

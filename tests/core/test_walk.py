@@ -23,7 +23,7 @@ from tests.core.explorer import POLICY, Scene, World
 FAULTS = (
     "crash", "loss", "restart", "deaf", "drop", "evict", "echo", "cancel", "error", "missing",
     "partial", "hang", "off", "forget", "reject", "zombie", "stubborn", "hold", "drain", "full",
-    "disk", "conflict", "retention", "remove",
+    "disk", "conflict", "retention", "remove", "away", "mean",
 )  # fmt: skip
 STEPS = 400  # with faults; then the world is let alone
 END = 20_000  # steps by which every job must have ended

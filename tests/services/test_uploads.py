@@ -82,25 +82,24 @@ async def test_the_name_that_the_server_returns_is_the_one_used(tmp_path):
         assert f'"image":"{renamed}"' in job.body(unique_prefix=False).decode()
 
 
-def not_uploaded(reason: str) -> facts.NotSent:
-    return facts.NotSent(token=Token(J, 1, 1), operation="upload", reason=reason)
-
-
 @pytest.mark.parametrize(
-    ("fault", "answer"),
+    ("fault", "reason", "status", "said"),
     [
-        ("upload-fail=400", not_uploaded("status")),
-        ("upload-fail=403", not_uploaded("status")),
-        ("upload-fail=500", not_uploaded("status")),
-        ("upload-fail=503", not_uploaded("status")),
-        ("half-open=http", not_uploaded("unreachable")),
+        ("upload-fail=403", "status", 403, "upload: HTTP status 403"),
+        ("upload-fail=500", "status", 500, "upload: HTTP status 500"),
+        ("upload-fail=503", "status", 503, "upload: HTTP status 503"),
+        ("half-open=http", "unreachable", None, "gave no answer in"),
     ],
 )
-async def test_after_a_failed_upload_nothing_is_posted(tmp_path, fault, answer):
+async def test_after_a_failed_upload_nothing_is_posted(tmp_path, fault, reason, status, said):
     async with rigged(tmp_path) as rig:
         row = bundled(rig)
         rig.simulator.faults.set(fault)
-        assert await rig.submit(row) == answer
+        answer = await rig.submit(row)
+        assert isinstance(answer, facts.NotSent)
+        assert (answer.operation, answer.reason, answer.status) == ("upload", reason, status)
+        assert answer.reached
+        assert said in answer.said
         assert not rig.simulator.posts
         rig.simulator.faults.clear()
         assert isinstance(await rig.submit(row), facts.Accepted)
@@ -110,7 +109,10 @@ async def test_a_server_that_is_gone_got_nothing(tmp_path):
     async with rigged(tmp_path) as rig:
         row = bundled(rig)
         rig.simulator.kill()
-        assert await rig.submit(row) == not_uploaded("refused")
+        answer = await rig.submit(row)
+        assert answer == facts.NotSent(
+            token=Token(J, 1, 1), operation="upload", reason="refused", reached=False
+        )
 
 
 async def test_a_file_that_is_too_large_for_the_server_is_explained(tmp_path):
@@ -121,6 +123,20 @@ async def test_a_file_that_is_too_large_for_the_server_is_explained(tmp_path):
         assert f'"Photo.PNG" has {len(PNG)} bytes' in answer.message
         assert "--max-upload-size" in answer.message
         assert answer.detail == {"status": 413}
+        assert not rig.simulator.posts
+
+
+@pytest.mark.parametrize("status", [400, 422])
+async def test_a_file_that_the_server_does_not_want_is_refused_for_good(tmp_path, status):
+    async with rigged(tmp_path) as rig:
+        rig.simulator.faults.set(f"upload-fail={status}")
+        answer = await rig.submit(bundled(rig))
+        assert isinstance(answer, facts.Rejected)
+        assert answer.message == (
+            f'The server does not take "Photo.PNG" (HTTP status {status}: on purpose);'
+            " look for the reason in its log, or in that of a proxy before it."
+        )
+        assert answer.detail == {"status": status}
         assert not rig.simulator.posts
 
 

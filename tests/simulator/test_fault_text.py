@@ -7,13 +7,14 @@ import random
 import pytest
 
 from comfyd.simulator import SWITCHES, Faults, HowOften, parse_fault
-from comfyd.simulator.faults import CardFail, StatusFail, Switch
+from comfyd.simulator.faults import CardFail, ClassFail, StatusFail, Switch
 
 EXAMPLES = {
     "drop-": "drop-end=0.5",
     "delay-": "delay-status=2s",
     "half-open": "half-open=ws",
     "post-fail": "post-fail=503:2",
+    "post-fail-class": "post-fail-class=500:KSampler",
     "evict-history": "evict-history=1",
     "restart-after": "restart-after=3",
     "stalled-publisher": "stalled-publisher",
@@ -64,6 +65,7 @@ def test_switches_are_told_apart_and_described() -> None:
         ("half-open", "half_open", "all"),
         ("post-fail=503", "post_fail", StatusFail(503, HowOften())),
         ("post-fail=500:2", "post_fail", StatusFail(500, HowOften(count=2))),
+        ("post-fail-class=500:KSampler", "post_fail_class", ClassFail(500, "KSampler")),
         ("card-fails=memory", "card_fails", CardFail("memory", HowOften())),
         ("card-fails=cuda:3", "card_fails", CardFail("cuda", HowOften(count=3))),
         ("missing-node=A,B", "missing_nodes", frozenset({"A", "B"})),
