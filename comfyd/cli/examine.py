@@ -38,7 +38,7 @@ from comfyd.services.link import client_of
 from comfyd.services.space import INODES, JOURNAL_BYTES
 from comfyd.services.unit import is_known
 from comfyd.spool.layout import MODES, Spool, free_bytes
-from comfyd.spool.removal import REMOVED
+from comfyd.spool.removal import left_aside
 from comfyd.spool.watcher import why_no_events
 from comfyd.web.control_client import DaemonUnreachable
 
@@ -259,7 +259,7 @@ def _doors(spool: Spool) -> Iterator[Finding]:
 def _leftovers(spool: Spool) -> Iterator[Finding]:
     """Results that retention put aside and could not empty."""
     if os.access(spool.stage, os.R_OK | os.X_OK):
-        left = sorted(spool.stage.glob(f".*{REMOVED}"))
+        left = left_aside(spool)
         if left:
             what = f"Something is left in stage/ of {counted(len(left), 'removed result')}."
             more = " ..." if len(left) > 3 else ""

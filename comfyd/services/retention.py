@@ -109,6 +109,7 @@ class Retention:
         self._on_removed = on_removed
         self._turn = trio.Lock()
         self._row = 0  # the seq of the last row that was looked at
+        self._told: frozenset[str] = frozenset()  # the problems of the last round
 
     def is_forgotten(self, job: JobId) -> bool:
         """Whether *job* may be one that was forgotten."""
@@ -142,6 +143,8 @@ class Retention:
         """Remove what is out of bounds now; of rows, look at *rows* at most (None: at all)."""
         async with self._turn:
             report = Report(limit=limit)
+            if not dry:
+                report.problems += await trio.to_thread.run_sync(removal.again, self._spool)
             for place, bounds in self._bounds().items():
                 await self._results(place, bounds, report, dry=dry)
             events = self._events()
@@ -152,7 +155,9 @@ class Retention:
             return report
 
     def _say(self, report: Report) -> None:
-        for problem in report.problems[:10]:
+        new = [problem for problem in report.problems if problem not in self._told]
+        self._told = frozenset(report.problems)
+        for problem in new[:10]:
             _log.warning("not_removed", problem=problem)
         if report.removed or report.events or report.rows:
             _log.info(

@@ -21,9 +21,9 @@ from typing import Any, Final, Literal
 from comfyd.core.model import JobId, Row, Staged
 from comfyd.errors import JobFileError
 from comfyd.spool import bundle
+from comfyd.spool.clearing import cleared
 from comfyd.spool.layout import (
     Spool,
-    cleared,
     extension_of,
     fsync_dir,
     full_disk_told,

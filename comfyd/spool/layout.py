@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -283,31 +282,6 @@ def fsync_dir(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def cleared(path: Path) -> str:
-    """Remove a file, or a folder with all that is in it, wherever its producer lets us.
-
-    A producer can make a folder that nobody but root may empty, or that is nested endlessly.
-
-    Returns:
-      Why something of it is left, "" if nothing is.
-
-    Raises:
-      DiskFull: The disk takes no changes now.
-
-    """
-    try:
-        with full_disk_told():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    except RecursionError:
-        return "it is nested too deeply"
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
 
 
 def write_durably(

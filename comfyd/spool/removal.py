@@ -1,7 +1,7 @@
 """Results that are removed: whole folders, aside by one rename and then away. Blocking.
 
 Nothing partial is ever seen in ``done/`` or ``failed/``. What is left aside, by a crash or because
-we may not empty it, is tried again at the next start (`delivery.reap`).
+we may not empty it, is tried again in the next round and at the next start (`delivery.reap`).
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final
 
 from comfyd.core.model import JobId, Row
 from comfyd.core.retention import Kept
-from comfyd.spool.layout import Spool, cleared, fsync_dir, full_disk_told, open_dir
+from comfyd.spool.clearing import cleared
+from comfyd.spool.layout import Spool, fsync_dir, full_disk_told, open_dir
 
 # Ends the name, which begins with a dot, of a result that is being removed, under stage/.
 REMOVED: Final = ".removed"
@@ -73,9 +75,32 @@ def remove(spool: Spool, kept: Kept) -> tuple[Removal, str]:
     finally:
         os.close(place_fd)
         os.close(stage_fd)
-    if left := cleared(spool.stage / aside):
-        return Removal.LEFT, f"{spool.stage / aside} is left: {left}; remove it as root"
+    if problem := _cleared(spool.stage / aside):
+        return Removal.LEFT, problem
     return Removal.REMOVED, ""
+
+
+def left_aside(spool: Spool) -> list[Path]:
+    """What is left of results that were to go."""
+    return sorted(spool.stage.glob(f".*{REMOVED}"))
+
+
+def again(spool: Spool) -> list[str]:
+    """Try once more to remove what is left aside; while nothing else does (`remove`).
+
+    Returns:
+      A sentence about each of which something is still there.
+
+    Raises:
+      DiskFull: The disk takes no changes now.
+
+    """
+    return [problem for path in left_aside(spool) if (problem := _cleared(path))]
+
+
+def _cleared(path: Path) -> str:
+    left = cleared(path)
+    return f"{path} is left: {left}; remove it as root" if left else ""
 
 
 def lying_in_claimed(spool: Spool, job: JobId) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from comfyd.core.facts import Forgotten
 from comfyd.core.model import Fence, JobId, Row, ServerName, Staged, State, prompt_id_of
@@ -152,6 +155,31 @@ async def test_a_result_whose_claimed_file_is_still_there_waits(rig: Rig):
         (rig.spool.claimed / f"{job}.json").unlink()
         assert (await keeper.now(dry=False, limit=9)).removed == 1
     assert rig.left() == set()
+
+
+async def test_what_cannot_be_removed_is_told_once_and_tried_again_in_each_round(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    job, rmdir = rig.over(9), os.rmdir
+
+    def refuse(name: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with capture_logs() as lines:
+        async with rig.keeping(Bounds(age_s=DAY_S)) as keeper:
+            monkeypatch.setattr(os, "rmdir", refuse)
+            first = await keeper.now(dry=False, limit=9)
+            assert (await keeper.now(dry=True, limit=9)).problems == []
+            second = await keeper.now(dry=False, limit=9)
+            assert first.removed == second.removed == 0
+            assert first.problems == second.problems
+            assert f".{job}.removed is left: Permission denied" in first.problems[0]
+            assert [each["event"] for each in lines] == ["not_removed"]
+            monkeypatch.setattr(os, "rmdir", rmdir)
+            assert (await keeper.now(dry=False, limit=9)).problems == []
+    assert rig.counted == {"done": 0}
+    assert rig.left() == set()
+    assert os.listdir(rig.spool.stage) == []
 
 
 async def test_a_job_is_forgotten_with_its_result_and_story_and_its_id_stays_used(rig: Rig):

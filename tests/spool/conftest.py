@@ -21,6 +21,7 @@ GRAPH = b'{"3": {"class_type": "KSampler", "inputs": {"seed": 1}}}'
 ULID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 SEED = 4242
 NOBODY = 65534
+PRODUCER = 65533
 
 
 @pytest.fixture
@@ -80,6 +81,19 @@ def nest(folder: Path, levels: int = 1200) -> None:
         os.close(fd)
         fd = inner
     os.close(fd)
+
+
+def not_ours(folder: Path, mode: int = 0o755) -> None:
+    """Give *folder* to a producer: a spool's daemon (`humble_spool`) may not change its mode."""
+    if os.getuid() != 0:
+        pytest.skip("only root can give folders away")
+    before = os.geteuid()
+    os.seteuid(0)
+    try:
+        os.chown(folder, PRODUCER, -1)
+        folder.chmod(mode)
+    finally:
+        os.seteuid(before)
 
 
 MakeIntake = Callable[..., Intake]

@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import stat
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from comfyd.spool.claimedfile import read_claim
 from comfyd.spool.delivery import PublishResult, Stage
 from comfyd.spool.intake import Intake, Taken
 from comfyd.spool.layout import Spool, job_of, open_dir
-from tests.spool.conftest import ULID, MakeIntake, nest
+from tests.spool.conftest import ULID, MakeIntake, nest, not_ours
 
 GRAPH = b'{"10": {"class_type": "LoadImage", "inputs": {"image": "x"}}}'
 JOB = b'{"workflow": %s, "files": {"10.image": "photo.png"}}' % GRAPH
@@ -737,7 +736,7 @@ def test_what_cannot_be_removed_is_told(humble_spool: Spool, make_intake: MakeIn
     (make(humble_spool.new / "x") / "in").mkdir()
     row = taken_row(make_intake(humble_spool))
     (humble_spool.claimed / row.payload / "in" / "a").touch()
-    (humble_spool.claimed / row.payload / "in").chmod(0o500)
+    not_ours(humble_spool.claimed / row.payload / "in")
     assert "could not be removed: Permission denied" in delivery.retire(humble_spool, row)
     (problem,) = delivery.reap(humble_spool, set())
     assert "is left: Permission denied" in problem
@@ -776,17 +775,15 @@ def test_leftovers_of_nobody_are_left_alone(spool: Spool) -> None:
     assert os.listdir(spool.claimed) == [".probe-1"]
 
 
-def test_a_bundle_made_endlessly_deep_after_its_claim_is_told_and_kills_nobody(
+def test_a_bundle_made_endlessly_deep_after_its_claim_kills_nobody(
     spool: Spool, make_intake: MakeIntake
 ) -> None:
     make(spool.new / "x")
     row = taken_row(make_intake(spool))
     nest(spool.claimed / row.payload)
-    assert "could not be removed" in delivery.retire(spool, row)
-    (problem,) = delivery.reap(spool, set())
-    assert "nested too deeply; remove it as root" in problem
+    assert delivery.retire(spool, row) == ""
+    assert os.listdir(spool.claimed) == []
     assert started_again(spool, make_intake).claims == []
-    subprocess.run(["rm", "-rf", *spool.claimed.iterdir()], check=True)
 
 
 @pytest.mark.parametrize("call", ["mkdir", "open"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from comfyd.errors import DiskFull
 from comfyd.spool import delivery, removal
 from comfyd.spool.layout import Spool
 from comfyd.spool.removal import Removal
-from tests.spool.conftest import nest
+from tests.spool.conftest import nest, not_ours
 
 JOB = JobId("fox.01ARZ3NDEKTSV4RRFFQ69G5FAV")
 DONE = Kept(job=JOB, place=Place.DONE, at=5.0)
@@ -85,12 +83,11 @@ def test_a_crash_half_way_leaves_nothing_in_sight_and_the_next_start_clears_it(
     class Crash(Exception):
         pass
 
-    def crash(path: Any) -> None:
-        (Path(path) / "result.json").unlink()
+    def crash(*args: Any, **kwargs: Any) -> None:
         raise Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(shutil, "rmtree", crash)
+        patched.setattr(os, "rmdir", crash)
         with pytest.raises(Crash):
             removal.remove(spool, FAILED)
     assert os.listdir(spool.failed) == []
@@ -117,25 +114,34 @@ def test_what_nobody_but_root_may_empty_is_out_of_sight_and_hinders_no_start(
     humble_spool: Spool,
 ):
     locked = publish(humble_spool, FAILED) / "job" / "deep"
-    locked.chmod(0o500)
+    not_ours(locked)
     what, problem = removal.remove(humble_spool, FAILED)
     assert what is Removal.LEFT
     assert "Permission denied; remove it as root" in problem
     assert os.listdir(humble_spool.failed) == []
     [left] = os.listdir(humble_spool.stage)
+    assert removal.again(humble_spool) == [problem]
     assert delivery.reap(humble_spool, set()) == [problem]
-    (humble_spool.stage / left / "job" / "deep").chmod(0o700)
-    assert delivery.reap(humble_spool, set()) == []
+    # All the rest is gone: it is large, as a rule.
+    found = [path.name for path in (humble_spool.stage / left).rglob("*")]
+    assert found == ["job", "deep", "photo.png"]
+    not_ours(humble_spool.stage / left / "job" / "deep", mode=0o777)
+    assert removal.again(humble_spool) == []
     assert os.listdir(humble_spool.stage) == []
 
 
-def test_a_result_that_is_nested_endlessly_hinders_nothing(spool: Spool):
+def test_a_result_that_is_nested_endlessly_goes_all_the_same(spool: Spool):
     nest(publish(spool, FAILED))
-    what, problem = removal.remove(spool, FAILED)
-    assert what is Removal.LEFT
-    assert "nested too deeply" in problem
-    assert delivery.reap(spool, set()) == [problem]
-    subprocess.run(["rm", "-rf", *spool.stage.iterdir()], check=True)
+    assert removal.remove(spool, FAILED) == (Removal.REMOVED, "")
+    assert os.listdir(spool.stage) == []
+
+
+def test_a_start_removes_what_is_nested_endlessly(spool: Spool):
+    left = spool.stage / f".{JOB}.removed"
+    left.mkdir()
+    nest(left)
+    assert delivery.reap(spool, set()) == []
+    assert os.listdir(spool.stage) == []
 
 
 def test_a_payload_that_may_not_be_moved_stays_and_hinders_no_start(humble_spool: Spool):
