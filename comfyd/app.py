@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
@@ -51,7 +52,7 @@ from comfyd.services.workshop import OrderFailed, Workshop
 from comfyd.spool import delivery
 from comfyd.spool.again import claim_again
 from comfyd.spool.intake import Intake
-from comfyd.spool.layout import Spool, job_of
+from comfyd.spool.layout import Spool, full_disk_told, job_of
 from comfyd.spool.watcher import watch
 from comfyd.web import control, serve, site
 from comfyd.web.api import Reads
@@ -108,19 +109,30 @@ def _told_to_nobody(config: Config) -> None:
 
 @contextlib.asynccontextmanager
 async def _locked(config: Config) -> AsyncIterator[None]:
-    """Own the state folder and the spool, or raise SpoolBusy."""
+    """Own the state folder and the spool, or raise SpoolBusy, or ConfigError if that cannot be."""
     with contextlib.ExitStack() as stack:
-        for path in (config.state / "lock", config.spool / ".lock"):
+        for key, path in (("state", config.state / "lock"), ("spool", config.spool / ".lock")):
             patience = trio.current_time() + LOCK_PATIENCE_S
             while True:
                 try:
-                    stack.enter_context(StateLock(path).acquire())
+                    lock = await _when_there_is_space(partial(_taken, key, path))
+                    stack.enter_context(lock)
                     break
                 except SpoolBusy:
                     if trio.current_time() > patience:
                         raise
                     await trio.sleep(0.1)
         yield
+
+
+async def _taken(key: str, path: Path) -> StateLock:
+    """Args: key: the setting that names the folder of the lock at *path*."""
+    try:
+        with full_disk_told():
+            return StateLock(path).acquire()
+    except OSError as error:
+        problem = f"{path} cannot be locked: {error.strerror}; make it a file of the daemon's own"
+        raise ConfigError(key, problem) from error
 
 
 async def _when_there_is_space(work: Callable[[], Awaitable[T]]) -> T:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sqlite3
 import threading
 from functools import partial
@@ -16,6 +18,7 @@ from comfyd import app, config, sdnotify
 from comfyd.config import Config
 from comfyd.core.model import JobId, Row, State, prompt_id_of
 from comfyd.errors import ConfigError, DiskFull, JournalError, JournalTooNew, SpoolBusy
+from comfyd.journal.lock import StateLock
 from comfyd.journal.schema import APPLICATION_ID
 from comfyd.journal.sqlite import SqliteStore, open_readonly
 from comfyd.services import space, submitter
@@ -149,6 +152,36 @@ async def test_a_second_daemon_on_the_same_spool_is_refused(tmp_path, nursery, m
         with pytest.raises(SpoolBusy):
             await app.run(configured)
         daemon.stop()
+
+
+@pytest.mark.parametrize(("key", "name"), [("state", "state/lock"), ("spool", "spool/.lock")])
+async def test_a_lock_that_cannot_be_taken_is_a_configuration_error(tmp_path, key, name):
+    """Nothing that a restart would mend."""
+    configured = settings(tmp_path, "http://127.0.0.1:9")
+    Spool(configured.spool).prepare()
+    configured.state.mkdir()
+    (tmp_path / name).symlink_to("elsewhere")
+    with pytest.raises(ConfigError, match=f"{key}: .*/{name} cannot be locked: "):
+        await app.run(configured)
+    assert not (tmp_path / name).exists()
+
+
+async def test_a_lock_that_there_is_no_space_for_is_waited_for(tmp_path, nursery, monkeypatch):
+    configured = settings(tmp_path, await nursery.start(Simulator(run_s=0.0).serve, 0))
+    monkeypatch.setattr(app, "START_AGAIN_S", 0.01)
+    acquire, refused = StateLock.acquire, iter([errno.ENOSPC, errno.EROFS])
+
+    def no_space_at_first(lock: StateLock) -> StateLock:
+        if number := next(refused, 0):
+            raise OSError(number, os.strerror(number))
+        return acquire(lock)
+
+    monkeypatch.setattr(StateLock, "acquire", no_space_at_first)
+    with capture_logs() as lines:
+        async with trio.open_nursery() as daemons:
+            daemon = await daemons.start(partial(app.run, configured))
+            daemon.stop()
+    assert "waiting_for_space" in [line["event"] for line in lines]
 
 
 async def test_a_taken_port_is_a_configuration_error(tmp_path, nursery):
