@@ -5,15 +5,18 @@ Nothing here changes anything, but for probes that are removed at once. Blocking
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import grp
 import os
 import pwd
+import resource
 import shlex
 import shutil
 import socket
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,7 +43,7 @@ from comfyd.services.unit import is_known
 from comfyd.spool.layout import MODES, Spool, free_bytes
 from comfyd.spool.removal import left_aside
 from comfyd.spool.watcher import why_no_events
-from comfyd.web.control_client import DaemonUnreachable
+from comfyd.web.control_client import DaemonUnreachable, address_of
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -99,13 +102,13 @@ def everything(config: Config) -> Iterator[Finding]:
     if daemon[0].level != "problem" and status is None:
         yield from _checked("metrics", lambda: _listen(config))
     yield from _clock()
-    yield from _limits()
+    yield from _checked("limits", lambda: _limits(config))
     yield from _servers(config, status)
     yield from _units(config)
 
 
 def _checked(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What *check* finds; that it may not look is a finding too."""
+    """What *check* finds; that it cannot look is a finding too."""
     try:
         yield from check()
     except PermissionError as error:
@@ -114,6 +117,9 @@ def _checked(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[F
             f"{error.filename or 'it'} may not be looked at: {error.strerror}.",
             "Run comfyd doctor as root or as the daemon's own user.",
         )
+    except OSError as error:
+        what = f"{error.filename or 'it'} cannot be looked at: {error.strerror}."
+        yield problem(subject, what, "Mend or remove it, with the daemon stopped.")
 
 
 # --- the daemon ----------------------------------------------------------------------------------
@@ -204,12 +210,13 @@ def _spool(config: Config, *, running: bool) -> Iterator[Finding]:
         remedy = f"Run comfyd doctor as root or as {_user(owner)}."
         yield warning(subject, f"Only {_user(owner)} can try the moves of a job there.", remedy)
         return
-    odd = [name for name in MODES if (spool.root / name).stat().st_uid != owner]
+    there = [name for name in (*MODES, ".lock") if os.path.lexists(spool.root / name)]
+    odd = [name for name in there if (spool.root / name).lstat().st_uid != owner]
     if odd:
         yield problem(
             subject,
             f"{', '.join(odd)} in {spool.root} is not {_user(owner)}'s, whose the spool is.",
-            f"Run: chown -R {_user(owner)} {spool.root}",
+            f"Run: chown -R {owner} {shlex.quote(str(spool.root))}",
         )
         return
     try:
@@ -488,15 +495,26 @@ def clock_is_kept() -> bool:
     return call is None or call(timex) != _TIME_ERROR
 
 
-def _limits() -> Iterator[Finding]:
-    import resource
-
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+def _limits(config: Config) -> Iterator[Finding]:
+    """Of the daemon, if it runs and may be asked; else of whoever asks."""
+    most, _ = resource.prlimit(_pid(config.state / "control.sock"), resource.RLIMIT_NOFILE)
     if most < OPEN_FILES:
         remedy = "Set LimitNOFILE=4096 in its unit, or ulimit -n 4096."
         yield warning("limits", f"Only {most} files may be open at once.", remedy)
     else:
         yield ok("limits", f"{most} files may be open at once.")
+
+
+def _pid(control_sock: Path) -> int:
+    """Who listens there; 0, which means ourselves, if nobody does that we may ask or see."""
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+        sock.settimeout(ANSWER_S)
+        with address_of(control_sock) as address:
+            sock.connect(address)
+        told = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid: int = struct.unpack("3i", told)[0]
+        return pid
+    return 0
 
 
 # --- servers -------------------------------------------------------------------------------------

@@ -405,6 +405,47 @@ def test_doctor_minds_a_door_of_another_group(site: Site):
     assert remedy.startswith("Run: chgrp ")
 
 
+def test_doctor_names_a_lock_that_is_no_file(site: Site):
+    site.journal(Row(job=JobId("fox.01A"), seq=1, state=State.DONE, retired=True))
+    lock = site.home / "state" / "lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to("elsewhere")
+    code, out, _ = site("doctor", "--json")
+    [(level, what, _)] = findings(out)["state"]
+    assert (code, level) == (1, "problem")
+    assert what.startswith(f"{lock} cannot be looked at")
+
+
+def test_doctor_tells_how_many_files_the_daemon_may_open(site: Site):
+    code = (
+        "import resource, socket, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99));"
+        "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True);"
+        "sys.stdin.read()"
+    )
+    state, pipe = site.home / "state", subprocess.PIPE
+    state.mkdir(mode=0o700)
+    config = load(site.config)
+    [own] = examine._limits(config)
+    command = [sys.executable, "-c", code, str(state / "control.sock")]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as daemon:
+        assert daemon.stdout is not None
+        daemon.stdout.readline()
+        [its] = examine._limits(config)
+        assert (its.level, its.what) == ("warning", "Only 99 files may be open at once.")
+    assert list(examine._limits(config)) == [own]  # nobody listens there any more
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_doctor_finds_a_lock_of_the_spool_that_is_anothers(site: Site):
+    lock = site.spool.root / ".lock"
+    lock.touch(0o600)
+    os.chown(lock, 65534, -1)
+    [(level, what, remedy)] = findings(site("doctor", "--json")[1])["spool"]
+    assert level == "problem"
+    assert what == f".lock in {site.spool.root} is not root's, whose the spool is."
+    assert remedy == f"Run: chown -R 0 {site.spool.root}"
+
+
 def test_doctor_says_who_may_submit(site: Site):
     site.spool.new.chmod(0o3777)
     site.spool.tmp.chmod(0o3750)
