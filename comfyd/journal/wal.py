@@ -55,15 +55,15 @@ def _is_header(head: bytes) -> bool:
 
 
 def _commit_follows(file: BinaryIO, frames: int, page_bytes: int, salts: list[int]) -> bool:
-    """Whether a frame after *frames* belongs to this log and ends a transaction."""
+    """Whether a whole frame after *frames* belongs to this log and ends a transaction."""
     step = _FRAME.size + page_bytes
     at = _HEADER.size + frames * step
     while True:
         file.seek(at)
-        frame = file.read(_FRAME.size)
-        if len(frame) < _FRAME.size:
+        frame = file.read(step)
+        if len(frame) < step:  # nobody relies on a commit that a full disk cut off
             return False
-        _, pages, *found, _, _ = _FRAME.unpack(frame)
+        _, pages, *found, _, _ = _FRAME.unpack(frame[: _FRAME.size])
         if pages and found == salts:
             return True
         at += step

@@ -169,6 +169,18 @@ def test_a_wal_that_ends_within_a_transaction_is_what_a_crash_leaves(path):
     store.close()
 
 
+@pytest.mark.parametrize("left_bytes", [24, 2000, 4119])
+def test_a_commit_that_a_full_disk_cut_off_is_no_damage(path, left_bytes):
+    """Its frame's head says that a transaction ends there; but the page is not whole."""
+    wal = crashed(path, 10)
+    content = wal.read_bytes()
+    assert (len(content) - 32) % 4120 == 0
+    wal.write_bytes(content + content[-4120:][:left_bytes])
+    store = SqliteStore.open(path)
+    assert store.last_seq() == 10
+    store.close()
+
+
 @pytest.mark.parametrize("removed", ["", "-wal", "both"])
 def test_a_journal_that_is_removed_under_its_owner_is_put_back_whole(path, removed):
     store = SqliteStore.open(path)
