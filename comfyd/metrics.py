@@ -57,7 +57,7 @@ RETRIES: Final[Mapping[str, frozenset[str]]] = {
     "attempt": frozenset(
         {
             "restart", "absent", "abandoned", "outputs", "stalled",
-            "error", "rejected", "recalled", "conflict",
+            "error", "rejected", "recalled", "conflict", "unconfirmed",
         }
     ),
 }  # fmt: skip

@@ -75,6 +75,20 @@ def judge(row: Row, record: Record) -> Outcome:
             )
 
 
+def may_be_partial(row: Row, record: Record) -> bool:
+    """Whether outputs may be missing: all of the graph was not accepted, as far as is known."""
+    short = record.end is End.SUCCESS and bool(record.unrun)
+    return short and row.unconfirmed > 0 and not row.accept_partial
+
+
+def perhaps_partial(row: Row, record: Record) -> str:
+    """That outputs may be missing, as a sentence."""
+    return (
+        f"Server {row.server} did not run nodes {', '.join(record.unrun)}, and did not say, or was"
+        " not heard to say, why: they may not have passed its checks."
+    )
+
+
 def judge_stopped(row: Row, record: Record, why: Outcome) -> Outcome:
     """The same for a prompt we were stopping: a success that came first stands.
 

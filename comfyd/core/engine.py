@@ -306,7 +306,7 @@ class Engine:
         self._step(job, fact, now_s, u)
 
     def _step(self, job: Job, fact: JobFact, now_s: float, u: float) -> None:
-        judged = isinstance(fact, Rejected | NotSent | Fetched | Probed)
+        judged = isinstance(fact, Accepted | Rejected | NotSent | Fetched | Probed)
         server = self.fleet.of(job.row)
         context = Context(
             now_s=now_s,
@@ -348,6 +348,8 @@ class Engine:
         if row.state is not before.state:
             self.counts[before.state] -= 1
             self.counts[row.state] += 1
+            if before.state is State.SUBMITTING and row.state is State.SUBMITTED:
+                self.fleet.took(row, now_s)
         self._wakes.keep(done.job)
         for note in done.notes:
             if note.kind == "blamed":

@@ -79,8 +79,7 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
         job = with_live(job, unsure_s=job.live.unsure_s or ctx.now_s)
         if row.outcome.state is State.DONE and is_abandoned(job, ctx):
             if ctx.answers:  # but not with what it made: that is no outage
-                sign = letdown.mark(job, fact.message, ctx)
-                return _outputs_lost(with_row(job, let_down=sign), fact, ctx, retry)
+                return _outputs_lost(job, fact, ctx, retry)
             lost = noted(job, "lost", cause="abandoned", charged=0)
             return requeue(job, ctx, retry, lost)
     delay_s = exponential_s(job.live.tries, policy.retry_first_s, policy.retry_max_s, u=ctx.u)
@@ -92,6 +91,7 @@ def _outputs_lost(job: Job, fact: CollectFailed, ctx: Context, retry: Note) -> S
     charged = job.row.charged + 1
     lost = noted(job, "lost", cause="outputs", charged=1)
     if fact.again and charged < job.row.max_attempts:
+        job = with_row(job, let_down=letdown.mark(job, fact.message, ctx))
         return requeue(job, ctx, retry, lost, deaths=0, **charge_to(job, charged, ctx))
     invalid = fact.cause is Uncollected.INVALID
     reason = Reason.OUTPUT_INVALID if invalid else Reason.OUTPUT_MISSING

@@ -156,10 +156,10 @@ class Fleet:
         server = self.of(row)
         if server is None or fact.token.attempt != row.attempt:
             return
-        if isinstance(fact, Accepted | Rejected):
-            accepted_s = now_s if isinstance(fact, Accepted) else server.accepted_s
-            self.put(replace(server.opened(), accepted_s=accepted_s))
-            return
+        if isinstance(fact, Accepted):
+            return self.took(row, now_s)
+        if isinstance(fact, Rejected):
+            return self.put(server.opened())
         failures = server.failures + 1
         policy = self.policy
         answered = fact.status is not None and fact.status not in letdown.BUSY
@@ -170,6 +170,11 @@ class Fleet:
         closed_until_s = now_s + delay_s
         server = replace(server, failures=failures, closed_until_s=closed_until_s, said=fact.said)
         self.put(server)
+
+    def took(self, row: Row, now_s: float) -> None:
+        """It has a prompt that was sent to it, whether it said so or was found to have it."""
+        if (server := self.of(row)) is not None:
+            self.put(replace(server.opened(), accepted_s=now_s))
 
     def succeeded(self, row: Row) -> None:
         """A prompt succeeded: how long it took, and that its server is well."""

@@ -143,6 +143,7 @@ TABLE: Final[Mapping[tuple[State, type], Rule]] = MappingProxyType(
         (_S.STOPPING, GivenUp): submitted.given_up_on,
         (_S.COLLECTING, Collected): finishing.collected,
         (_S.COLLECTING, CollectFailed): finishing.collect_failed,
+        (_S.COLLECTING, CancelAsked): stopping.stop,
         (_S.COLLECTING, Due): submitted.look,
         (_S.COLLECTING, Doubted): finishing.at_once,
         (_S.COLLECTING, GivenUp): finishing.given_up_on,

@@ -127,6 +127,8 @@ class Record(Value, frozen=True):
       files: The files it names, in node and list order.
       ui: Everything else that nodes returned, by node and key, as JSON values.
       ours: The ``extra_data.comfyd`` tag the server kept: (job, attempt), or None.
+      unrun: Nodes at the graph's ends that were not to run: they are no outputs, or did not pass
+        the server's checks.
 
     """
 
@@ -136,6 +138,7 @@ class Record(Value, frozen=True):
     failure: NodeFailure | None = None
     warnings: tuple[str, ...] = ()
     ours: tuple[str, int] | None = None
+    unrun: tuple[str, ...] = ()
 
 
 class Outcome(Value, frozen=True):
@@ -241,6 +244,8 @@ class Row(Value, frozen=True):
       dropped: Times a prompt vanished from a server that lived on (deleted by someone else).
       deaths: Servers that died in a row with this job on them. One that has any is sent alone.
       verdicts: What servers said against it; it is tried on those that have not said anything.
+      unconfirmed: Times in a row that a server had a prompt of it and did not say that it accepted
+        all of it.
       let_down: The last server that took no submission of it, or kept its outputs, if any did.
       crashes: Daemon crashes in a row with this job at hand in this same state.
       not_before: Not to be submitted earlier than this.
@@ -288,6 +293,7 @@ class Row(Value, frozen=True):
     completion: Source | None = None
     abandoned: tuple[tuple[str, str, str], ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+    unconfirmed: int = 0
     let_down: LetDown | None = None
     held: str = ""
     queue_s: float | None = None

@@ -207,7 +207,7 @@ def stop_as(job: Job, why: Outcome, ctx: Context, *notes: Note) -> Step:
 
 def try_elsewhere(job: Job, verdict: Outcome, ctx: Context, *notes: Note) -> Step:
     """Back to the queue, for servers that have not said anything yet; charged to nobody."""
-    reason = "rejected" if verdict.reason is Reason.REJECTED else "error"
+    reason = "error" if verdict.reason is Reason.EXECUTION_ERROR else "rejected"
     retry = noted(job, "retry", operation="attempt", reason=reason)
     said = Verdict(server=_set(job.row.server), origin=_set(job.row.origin), outcome=verdict)
     return requeue(job, ctx, *notes, retry, verdicts=(*job.row.verdicts, said), deaths=0)

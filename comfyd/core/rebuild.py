@@ -209,6 +209,7 @@ def taken_up(row: Row, found: Iterable[Found], *, all_asked: bool, now_s: float)
         prompt_id=latest.prompt_id,
         client_id=latest.client_id or latest.prompt_id,
         number=latest.number,
+        unconfirmed=1,
         submitted_at=now_s,
         started_at=now_s if latest.seen is Seen.RUNNING else None,
     )

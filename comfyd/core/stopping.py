@@ -71,6 +71,8 @@ def stop(job: Job, fact: CancelAsked, ctx: Context) -> Step:
             if final_why(job.row) is not None and not may_run(job.row):
                 return Step(job, urgent=False)
             return issue(with_row(job, why=why), Ask.STOP)
+        case State.COLLECTING:  # too late, unless its outputs are lost: it is not made again then
+            return Step(with_row(job, why=job.row.why or why))
         case _:  # and what it did to the daemon before is over with it
             return collect_as(job, why, ctx, crashes=0)
 

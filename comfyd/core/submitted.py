@@ -200,13 +200,20 @@ def recorded(job: Job, record: Record, ctx: Context) -> Step:
     job = ran(job)
     row, why = job.row, job.row.why
     ended = noted(job, "ended", source=source.value, missed=missed, end=record.end.value)
-    if why is None or (why.state is State.QUEUED and record.end is not End.INTERRUPTED):
+    partial = why is not None and why.reason is Reason.PARTIAL
+    again = why is not None and why.state is State.QUEUED
+    if why is None or (again and not partial and record.end is not End.INTERRUPTED):
         outcome = completion.judge(row, record)
-    elif why.state is State.QUEUED:
+    elif again:
         return after(ended, settled(job, ctx))  # by us: it is to be made again
     else:
         outcome = completion.judge_stopped(row, record, why)
     notes = (ended, *blamed(job, outcome, record, ctx))
+    if outcome.state is State.DONE and completion.may_be_partial(row, record):
+        if row.unconfirmed < row.max_attempts:  # its next answer will tell; caches make that cheap
+            retry = noted(job, "retry", operation="attempt", reason="unconfirmed")
+            return requeue(job, ctx, *notes, retry)
+        outcome = failure(Reason.PARTIAL, completion.perhaps_partial(row, record))
     if final_why(row) is None and ctx.elsewhere and verdicts.asks_elsewhere(row, outcome):
         return try_elsewhere(job, outcome, ctx, *notes)
     return collect_as(
@@ -225,6 +232,8 @@ def collected_of(
     warnings = row.warnings + record.warnings + completion.mixed_up(row.job, record)
     if outcome.state is State.DONE:
         warnings += completion.success_warnings(record) + verdicts.warnings(row)
+        if record.unrun and row.unconfirmed:
+            warnings += (completion.perhaps_partial(row, record),)
     return {
         "why": final_why(row),
         "record": msgspec.structs.replace(record, warnings=()),
@@ -381,7 +390,10 @@ def settled(job: Job, ctx: Context, *notes: Note, **changes: Any) -> Step:
     row, why = job.row, job.row.why
     assert why is not None
     if why.state is not State.QUEUED:
-        return collect_as(job, why, ctx, *notes, **changes)
+        return collect_as(job, verdicts.final(row, why), ctx, *notes, **changes)
+    if why.reason is Reason.PARTIAL:
+        verdict = msgspec.structs.replace(why, state=State.FAILED)
+        return try_elsewhere(with_row(job, **changes), verdict, ctx, *notes)
     retry = noted(job, "retry", operation="attempt", reason="recalled")
     if why.reason is None:
         return requeue(job, ctx, *notes, retry, **changes)
@@ -419,6 +431,8 @@ def late_success(job: Job, fact: LateSuccess, ctx: Context) -> Step:
     abandoned = row.abandoned if row.prompt_id is None else given_up(row)
     attempt = completion.attempt_of(row, fence.prompt_id)
     if attempt is None or completion.is_foreign(row.job, attempt, fact.record):
+        return Step(job, notes=(dropped(job, "no_effect"),), urgent=False)
+    if fact.record.unrun and not row.accept_partial:  # how that one was accepted is not known now
         return Step(job, notes=(dropped(job, "no_effect"),), urgent=False)
     outcome = completion.judge(row, fact.record)
     job = with_row(ran(job), server=fence.server, origin=fence.origin, prompt_id=fence.prompt_id)

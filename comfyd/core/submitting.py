@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from comfyd.core import letdown, submitted, verdicts
 from comfyd.core.facts import (
     Accepted,
@@ -74,19 +76,22 @@ def assigned(job: Job, fact: Assigned, ctx: Context) -> Step:
 def accepted(job: Job, fact: Accepted, ctx: Context) -> Step:
     """The server has it; if only in part, the rest is stopped unless the job accepts that."""
     note = noted(job, "accepted", number=fact.number)
-    job = with_row(job, number=fact.number)
+    job = with_row(job, number=fact.number, unconfirmed=0)
     if not fact.node_errors:
         return on_server(job, ctx, note)
     if job.row.accept_partial:
         dropped = ", ".join(sorted(fact.node_errors))
         warning = f"The server dropped some outputs; nodes {dropped} did not pass its checks."
         return on_server(with_row(job, warnings=(*job.row.warnings, warning)), ctx, note)
+    job = with_row(job, unconfirmed=1)
     why = job.row.why or failure(
         Reason.PARTIAL,
         "The server would run only part of the workflow: nodes"
         f" {', '.join(sorted(fact.node_errors))} did not pass its checks; correct them.",
         node_errors=fact.node_errors,
     )
+    if job.row.why is None and ctx.elsewhere:  # which may have what is missing here
+        why = msgspec.structs.replace(why, state=State.QUEUED)
     return move(job, State.STOPPING, ctx, note, why=why, submitted_at=ctx.now_s)
 
 
@@ -158,6 +163,8 @@ def hinted(job: Job, fact: Hint, ctx: Context) -> Step:
 
 def probed(job: Job, fact: Probed, ctx: Context) -> Step:
     """A look at a prompt whose POST had no answer."""
+    if fact.presence in {Presence.PENDING, Presence.RUNNING, Presence.FINISHED}:
+        job = with_row(job, unconfirmed=job.row.unconfirmed + 1)
     match fact.presence:
         case Presence.PENDING:
             return on_server(job, ctx, audit_note(job, fact))

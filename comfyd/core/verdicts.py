@@ -21,6 +21,9 @@ _CARD: Final = re.compile(
     r"|(?i:GPU is lost|device lost|ECC error|driver shutting down)"
 )
 
+# What servers say against a job.
+_SAID: Final = frozenset({Reason.REJECTED, Reason.PARTIAL, Reason.EXECUTION_ERROR})
+
 
 def blames_the_card(failure: NodeFailure | None) -> bool:
     """Whether an exception speaks of the card rather than of the workflow."""
@@ -53,7 +56,7 @@ def has_said(row: Row, server: ServerName, origin: str) -> bool:
 def final(row: Row, outcome: Outcome) -> Outcome:
     """*outcome*, with what other servers said before it."""
     others = [said for said in row.verdicts if said.server != row.server]
-    if not others or outcome.reason not in {Reason.REJECTED, Reason.EXECUTION_ERROR}:
+    if not others or outcome.reason not in _SAID:
         return outcome
     alike = [said.server for said in others if said.outcome.message == outcome.message]
     message = outcome.message

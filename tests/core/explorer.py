@@ -120,6 +120,7 @@ class World:
         self.delivered, self.runs = Counter[str](), Counter[str]()
         self.restarted: dict[str, float] = {}
         self.forgotten = frozenset[str]()  # by retention: over, and taken away
+        self.short = frozenset[str]()  # prompts of which a server accepted only a part
 
     def fork(self) -> World:
         new = copy.copy(self)
@@ -505,6 +506,9 @@ class World:
             assert self.delivered[name] <= 1, f"{name} was delivered twice"
             assert final or name in self.claimed, f"the claimed file of {name} is gone"
             assert self.delivered[name] or not final, f"{name} is final but not delivered"
+            row = self.store.get(name)
+            short = row is not None and row.state is State.DONE and row.prompt_id in self.short
+            assert not short, f"{name} is done without some of its outputs"
         assert all(count <= 1 for count in self.runs.values()), "a prompt ran twice"
 
     def key(self) -> tuple[object, ...]:
@@ -519,6 +523,8 @@ class World:
                     r.retired, len(r.abandoned), r.why and (r.why.state, r.why.reason),
                     r.outcome and r.outcome.reason, r.record and r.record.end, off(r.queue_by),
                     tuple((v.server, v.outcome.reason) for v in r.verdicts),
+                    min(r.unconfirmed, 2), bool(r.record and r.record.unrun),
+                    r.prompt_id in self.short,
                     r.let_down and (r.let_down.server, min(r.let_down.times, 2), others(r)))
 
         def others(r: Row) -> tuple[str, ...]:
@@ -564,7 +570,7 @@ class World:
                 tuple((name, row(r)) for name, r in sorted(self.store.items())),
                 tuple((g.prompt_id, off(until_s)) for g, until_s in self.ghosts),
                 frozenset((h.prompt_id, h.sign) for h in self.wire), self.claimed, self.stage,
-                self.forgotten,
+                self.forgotten, self.short,
                 tuple((type(a), token(a)) for a in self.echo), self.shown(),
                 tuple(sorted(self.delivered.items())))
 
@@ -638,7 +644,8 @@ def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str |
 
     def looks(w: World) -> None:
         end = dict(w.sims[row.server].history).get(row.prompt_id)
-        record = Record(end=end) if end else None
+        short = end is End.SUCCESS and row.prompt_id in w.short
+        record = Record(end=end, unrun=("9",) if short else ()) if end else None
         if fence is not None:
             presence = Presence.FINISHED if end else queue
             fenced = facts.Fenced(
@@ -665,7 +672,17 @@ def carry_out(at: str, order: Any, queue: Any) -> Iterator[tuple[str, Act, str |
         case orders.Submit(), _:
             accepted = facts.Accepted(token=t)
             yield "accepted", lambda w: (w.count(row.server), w.answer(accepted)), None
-            yield "partial", says(facts.Accepted(token=t, node_errors={"9": {}})), "partial"
+            part, lost = (
+                facts.Accepted(token=t, node_errors={"9": {}}),
+                facts.SubmitUnknown(token=t, reason="timeout"),
+            )
+
+            def shortly(w: World, fact: facts.Answer) -> None:
+                w.short |= {row.prompt_id}
+                w.answer(fact)
+
+            yield "partial", lambda w: shortly(w, part), "partial"
+            yield "partial unheard", lambda w: shortly(w, lost), "partial"
             yield "unheard", says(facts.SubmitUnknown(token=t, reason="timeout")), "loss"
         case orders.Fence(), "do":
             yield "fence", then(lambda w: w.seen(row, stop=True)), None

@@ -7,7 +7,7 @@ import pytest
 from comfyd.core import facts, orders
 from comfyd.core.facts import FetchResult, Presence, Sign, Uncollected
 from comfyd.core.job import Ask
-from comfyd.core.model import End, FileRef, JobId, Reason, Record, ServerName, State
+from comfyd.core.model import End, FileRef, JobId, Reason, Record, ServerName, Staged, State
 from comfyd.core.present import job_summary
 from comfyd.core.snapshot import ServerState, state_of
 from tests.core.test_engine import POLICY, A, B, Rig, end, names
@@ -328,6 +328,39 @@ def test_outputs_on_a_server_that_is_gone_are_made_again_at_no_charge():
     assert (row.server, row.charged, row.let_down) == (B, 0, None)
 
 
+@pytest.mark.parametrize("cause", [Uncollected.MISSING, Uncollected.INVALID])
+def test_outputs_that_are_gone_or_wrong_are_made_again_on_another_server(cause):
+    rig = Rig(1, 1)
+    rig.drop("x")
+    collecting(rig, "x")
+    rig.tell(facts.CollectFailed(token=rig.token("x"), cause=cause, message="It is wrong."))
+    assert is_sent(rig, "x")
+    assert rig.store[JobId("x")].server == B
+
+
+def test_a_cancel_that_came_too_late_still_keeps_it_from_being_made_again():
+    rig = Rig(1)
+    rig.drop("x")
+    collecting(rig, "x")
+    rig.tell(facts.CancelAsked(job=JobId("x")))
+    row = rig.store[JobId("x")]
+    assert (row.state, row.outcome.state) == (State.COLLECTING, State.DONE)
+    fact = facts.CollectFailed(token=rig.token("x"), cause=Uncollected.MISSING, message="Gone.")
+    rig.tell(fact)
+    row = rig.store[JobId("x")]
+    assert (row.state, row.outcome.reason) == (State.COLLECTING, Reason.CANCELLED)
+
+
+def test_a_cancel_that_came_too_late_changes_no_result():
+    rig = Rig(1)
+    rig.drop("x")
+    collecting(rig, "x")
+    rig.tell(facts.CancelAsked(job=JobId("x")))
+    rig.tell(facts.Collected(token=rig.token("x"), staged=Staged(manifest_sha256="0")))
+    rig.tell(facts.Published(token=rig.token("x")))
+    assert rig.store[JobId("x")].state is State.DONE
+
+
 # --- what people see -----------------------------------------------------------------------------
 
 
@@ -355,6 +388,16 @@ def test_status_says_that_a_server_takes_nothing():
     assert said_of(rig)[1] == "was not reached by the last 3 submissions; others are tried"
     until_sent(rig, 60)
     passes(rig, "x")
+    assert said_of(rig) == (ServerState.UP, "")
+
+
+def test_a_server_that_was_found_to_have_it_took_it():
+    rig = Rig(1)
+    rig.drop("x")
+    rig.tell(facts.SubmitUnknown(token=rig.token("x"), reason="timeout", said="no answer"))
+    assert said_of(rig)[1].startswith("did not take the last submission (no answer)")
+    rig.tell(facts.Tick(), after_s=POLICY.lost_grace_s)
+    rig.tell(facts.Probed(token=rig.token("x"), presence=Presence.RUNNING))
     assert said_of(rig) == (ServerState.UP, "")
 
 

@@ -200,6 +200,28 @@ class TestHistory:
         assert (len(ref.filename), len(ref.subfolder)) == (4096, 4096)
 
     @pytest.mark.parametrize(
+        ("graph", "good", "unrun"),
+        [
+            ({"1": {"inputs": {}}, "9": {"inputs": {"images": ["1", 0]}}}, ["9"], ()),
+            ({"1": {"inputs": {}}, "9": {"inputs": {"images": ["1", 0]}}}, [], ("9",)),
+            ({"9": {"inputs": {}}, "8": {}, "7": {"inputs": 3}, "6": None}, ["9"],
+             ("6", "7", "8")),
+            ({"9": {"inputs": {"a": ["8", 0], "b": [8], "c": "7"}}, "8": {}, "7": {}}, [9],
+             ("7",)),
+            ({"a\nb": {}}, [], ("a b",)),
+            ({str(n): {} for n in range(99)}, [], tuple(sorted(map(str, range(99))))[:50]),
+            ("no graph", [], ()),
+            ({"9": {}}, "9", ()),
+        ],
+    )  # fmt: skip
+    def test_nodes_that_were_not_to_run(self, graph: Any, good: Any, unrun: Any) -> None:
+        messages = {"status_str": "success", "completed": True, "messages": [SUCCESS]}
+        record = {"prompt": [0, P, graph, {}, good], "outputs": {}, "status": messages}
+        decoded = decode_history(json.dumps({P: record}).encode(), P)
+        assert decoded is not None
+        assert decoded.unrun == unrun
+
+    @pytest.mark.parametrize(
         ("extra", "ours"),
         [
             ({"comfyd": {"job": "a.01", "attempt": 2}}, ("a.01", 2)),

@@ -123,3 +123,39 @@ async def test_outputs_that_no_server_hands_out_are_missing(simulator: Simulator
     assert results["good"]["state"] == "done"
     assert (results["bad"]["reason"], results["bad"]["attempts"]) == ("output_missing", 2)
     assert simulator.executions.total() == 3
+
+
+async def test_wrong_outputs_are_made_on_another_server(tmp_path):
+    async with farm(tmp_path, 2, within_s=PATIENCE_S) as two:
+        two.simulators[0].faults.set("view-wrong")
+        two.drop(6)
+        await two.daemon.finish(6, within_s=60)
+    results = two.check()
+    assert {result["server"] for result in results.values()} == {"b"}
+
+
+async def test_what_a_server_takes_in_part_is_taken_whole_by_another(tmp_path):
+    async with farm(tmp_path, 2, within_s=PATIENCE_S) as two:
+        two.simulators[0].faults.set("missing-model=small.safetensors")
+        graph = {
+            **graphs.picture(1),
+            "2": graphs.node("CheckpointLoaderSimple", ckpt_name="small.safetensors"),
+        }
+        two.drop_as("whole", graph)
+        await two.daemon.finish(1, within_s=60)
+    two.check()
+
+
+async def test_a_part_is_found_out_though_the_servers_answer_is_lost(
+    simulator: Simulator, tmp_path
+):
+    daemon = Daemon(tmp_path, simulator.url)
+    simulator.faults.set("post-ambiguous=1")
+    with trio.fail_after(PATIENCE_S):
+        async with daemon.running():
+            daemon.drop("partial.json", graphs.partial(1))
+            await daemon.finish(1, within_s=60)
+    ((_, result),) = daemon.results().items()
+    assert (result["state"], result["reason"]) == ("failed", "partial")
+    assert "nodes 2 did not pass its checks" in result["message"]
+    assert simulator.posts.total() == 2

@@ -17,6 +17,8 @@ MAX_UI_BYTES = 2**20  # rows and results carry it: text to read, not files in di
 MAX_UI_DEPTH = 32
 MAX_NAME_CHARS = 4096  # no file system takes a longer path
 MAX_FAILURE_CHARS = 4000
+MAX_NODE_CHARS = 200
+MAX_UNRUN = 50  # a person reads the first few
 
 _ENDS = {
     "execution_success": End.SUCCESS,
@@ -63,6 +65,7 @@ def decode_history(body: bytes, prompt_id: str) -> Record | None:
         failure=failure,
         warnings=tuple(warnings),
         ours=_tag(record.get("prompt")),
+        unrun=_unrun(record.get("prompt")),
     )
 
 
@@ -72,6 +75,25 @@ def _tag(prompt: object) -> tuple[str, int] | None:
             return tag_of(tag)
         case _:
             return None
+
+
+def _unrun(prompt: object) -> tuple[str, ...]:
+    """Nodes that no other one uses and that the server was not to run (execution.py keeps beside
+    the graph which outputs passed its checks)."""
+    match prompt:
+        case [_, _, dict(graph), _, list(good), *_]:
+            nodes = [node for node in graph.values() if isinstance(node, dict)]
+            inputs = [node["inputs"] for node in nodes if isinstance(node.get("inputs"), dict)]
+            used = {
+                str(value[0])
+                for each in inputs
+                for value in each.values()
+                if isinstance(value, list) and len(value) == 2
+            }
+            unrun = sorted(graph.keys() - used - {str(node) for node in good})
+            return tuple(line(node, MAX_NODE_CHARS) for node in unrun[:MAX_UNRUN])
+        case _:
+            return ()
 
 
 def _verdict(
