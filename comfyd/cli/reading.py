@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from comfyd import __version__
 from comfyd.cli.exits import Refused, Unreachable
 from comfyd.config import Config
+from comfyd.core.engine import PAUSED
 from comfyd.core.model import Row, State
 from comfyd.core.present import (
     SHOWN_STATES,
@@ -120,6 +121,7 @@ class Journaled:
         return Snapshot(
             at=self.at,
             version=__version__,
+            paused=self.reads.remembered().get(PAUSED) is True,
             counts=shown_counts(self.reads.counts(), running),
             oldest_at={
                 "queued": self.reads.oldest(State.QUEUED),

@@ -269,6 +269,18 @@ class Engine:
         rows = (job.row for job in self.jobs.values())
         return Counter(row.server for row in rows if row.state.in_flight and row.server)
 
+    def forgettable(self, name: ServerName) -> list[Job]:
+        """Jobs at *name* that nobody answers for: it does not, or is another server by now."""
+        server = self.servers.get(name)
+        silent = server is None or server.up is False
+        return [
+            job
+            for job in self.jobs.values()
+            if job.row.server == name
+            and not job.row.state.final
+            and (silent or self.fleet.of(job.row) is None)
+        ]
+
     def next_up(self, count: int) -> list[Row]:
         """The first *count* jobs of the queue, as far as they are in memory, best first."""
         return self._ahead.first(count, self._now_s)
@@ -597,9 +609,8 @@ class Engine:
                 self.paused = fact.paused
                 self._remember(PAUSED, fact.paused)
             case ForgetAsked():
-                for job in list(self.jobs.values()):
-                    if job.row.server == fact.server and not job.row.state.final:
-                        self._step(job, GivenUp(), now_s, u)
+                for job in self.forgettable(fact.server):
+                    self._step(job, GivenUp(), now_s, u)
             case _ if fact.server not in self.servers:
                 self._drop("unknown_server")
             case DrainAsked():

@@ -158,6 +158,9 @@ def _why(before: State, row: Row) -> dict[str, Any]:
 
 
 def collect_as(job: Job, outcome: Outcome, ctx: Context, *notes: Note, **changes: Any) -> Step:
+    row = job.row
+    if row.submitted_at is not None and row.ended_at is None:  # it was seen to be over just now
+        changes.setdefault("ended_at", ctx.now_s)
     return move(job, State.COLLECTING, ctx, *notes, outcome=outcome, staged=None, **changes)
 
 

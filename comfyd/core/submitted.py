@@ -279,7 +279,10 @@ def unreadable(job: Job, reason: str, ctx: Context) -> Step:
         message = (
             f"Server {job.row.server} has a record of this prompt that cannot be read: {reason}."
         )
-        outcome = final_why(job.row) or failure(Reason.SERVER_PROTOCOL, message)
+        outcome = failure(Reason.SERVER_PROTOCOL, message)
+        if final_why(job.row) is None and ctx.elsewhere:  # it has ended here, whatever came of it
+            return try_elsewhere(job, outcome, ctx)
+        outcome = final_why(job.row) or verdicts.final(job.row, outcome)
         return collect_as(job, outcome, ctx, why=final_why(job.row))
     job = with_live(
         job, unreadable_s=ctx.now_s if since_s is None else since_s, tries=job.live.tries + 1

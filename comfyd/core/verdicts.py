@@ -22,7 +22,9 @@ _CARD: Final = re.compile(
 )
 
 # What servers say against a job.
-_SAID: Final = frozenset({Reason.REJECTED, Reason.PARTIAL, Reason.EXECUTION_ERROR})
+_SAID: Final = frozenset(
+    {Reason.REJECTED, Reason.PARTIAL, Reason.EXECUTION_ERROR, Reason.SERVER_PROTOCOL}
+)
 
 
 def blames_the_card(failure: NodeFailure | None) -> bool:

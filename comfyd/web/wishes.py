@@ -243,12 +243,17 @@ class Wishes:
         engine = self._engine
         # One that is no longer configured may still have prompts of ours.
         name = self._server(request, engine.sent_to())
-        before = engine.sent_to()[name]
         why = wishes.why_not_forget(name, engine.servers.get(name))
-        if why:
-            return _result("forget", (False, why), server=name, in_flight=before)
+        if why and not engine.forgettable(name):  # such as what it had by another URL
+            in_flight = engine.sent_to()[name]
+            return _result("forget", (False, why), server=name, in_flight=in_flight)
+
+        def left_there() -> int:
+            return sum(job.row.state.in_flight for job in engine.forgettable(name))
+
+        before = left_there()
         written = await self._written(ForgetAsked(server=name))
-        left = engine.sent_to()[name]
+        left = left_there()
         told = wishes.forgotten(name, before, left)
         return _result("forget", told if written else wishes.UNWRITTEN, server=name, in_flight=left)
 

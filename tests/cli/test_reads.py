@@ -11,7 +11,8 @@ import trio
 
 from comfyd.core.model import JobId, Outcome, PromptId, Reason, Row, ServerName, Source, State
 from comfyd.journal.lock import StateLock
-from comfyd.journal.store import Event
+from comfyd.journal.sqlite import SqliteStore
+from comfyd.journal.store import Batch, Event, Remember
 from tests.cli.conftest import GRAPH, Serve, Site
 
 T = 1_900_000_000.0
@@ -130,6 +131,15 @@ def test_status_comes_from_the_journal(journaled: Site):
     assert status["servers"] == []
     [at_hand] = status["at_hand"]
     assert (at_hand["state"], at_hand["silent_s"]) == ("running", None)
+
+
+def test_a_pause_that_a_dead_daemon_left_is_told(journaled: Site):
+    assert journaled.json("status")["paused"] is False
+    store = SqliteStore.open(journaled.home / "state" / "comfyd.db")
+    store.commit(Batch(changes=(Remember(name="paused", value=True),)))
+    store.close()
+    assert journaled.json("status")["paused"] is True
+    assert "intake is paused" in journaled("status")[1]
 
 
 def test_jobs_come_from_the_journal_newest_first(journaled: Site):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from comfyd.core import facts, fencing, lifecycle, orders
 from comfyd.core.facts import Fenced, FetchResult, Presence, Sign, Uncollected
 from comfyd.core.fencing import Watch
-from comfyd.core.job import Doubted, Due, Orphaned, Recalled, deadline, wake_s
+from comfyd.core.job import Doubted, Due, Orphaned, Recalled, deadline, durations_s, wake_s
 from comfyd.core.model import (
     End,
     Fence,
@@ -427,3 +427,16 @@ def test_the_end_of_a_prompt_is_fetched_and_no_deadline_comes_between():
     life.probe(Presence.FINISHED, SUCCESS)
     life.tell(facts.Collected(token=life.token, staged=STAGED))
     assert outcome(life).state is State.DONE
+
+
+def test_the_time_on_a_server_ends_when_the_prompt_is_seen_to_be_over():
+    """Not when its error was written: that is no time of collecting."""
+    life = Life(queue_s=5.0, queue_by=5.0).accept()
+    past(life).probe(Presence.ABSENT)
+    life.due().probe(Presence.ABSENT)
+    assert outcome(life).reason is Reason.QUEUE_TIMEOUT
+    ended_s = life.now_s
+    life.now_s += 3
+    spans = durations_s(life.finish().job.row)
+    assert spans["queue"] + spans["run"] == ended_s
+    assert spans["collect"] == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -245,3 +246,20 @@ def test_a_prompt_that_goes_on_for_ever_keeps_its_server_out_and_says_so():
     rig.tell(facts.Health(server=B, ok=True), facts.Connected(server=B, client_id="b"))
     assert [order.row.server for order in rig.given] == [B]
     assert rig.hint("x", Sign.ENDED) == []  # of the attempt that was given up
+
+
+def test_a_name_that_has_another_url_since_a_restart_may_be_forgotten_as_what_it_was():
+    rig = Rig(2)
+    rig.drop("old")
+    rig.accept("old")
+    old = rig.store[JobId("old")]
+    rig.store[old.job] = msgspec.structs.replace(old, origin="http://elsewhere")
+    rig.start()
+    rig.tell(facts.Health(server=A, ok=True), facts.Connected(server=A, client_id="new"))
+    rig.drop("new")
+    rig.accept("new")
+    assert [job.row.job for job in rig.engine.forgettable(A)] == ["old"]
+    rig.tell(facts.ForgetAsked(server=A))
+    assert rig.store[JobId("old")].abandoned[0][:2] == ("a", "http://elsewhere")
+    assert rig.store[JobId("old")].origin == "http://a"  # sent anew, to what has the name now
+    assert rig.store[JobId("new")].abandoned == ()

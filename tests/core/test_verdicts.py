@@ -8,6 +8,8 @@ import msgspec
 import pytest
 
 from comfyd.core import facts, verdicts
+from comfyd.core.facts import FetchResult, Presence, Sign
+from comfyd.core.job import Ask
 from comfyd.core.model import (
     End,
     JobId,
@@ -234,3 +236,25 @@ def test_a_job_that_was_held_is_given_up_when_it_is_released_and_nobody_is_left(
 def test_a_verdict_is_a_value():
     said = row(("a", NO)).verdicts[0]
     assert msgspec.json.decode(msgspec.json.encode(said), type=Verdict) == said
+
+
+def test_a_record_that_one_server_cannot_hand_out_is_made_on_another():
+    """An error for /history/{id} that lasts: it has ended there, and nobody can say how."""
+    rig = Rig(1, 1)
+    rig.drop(X)
+    rig.accept(X)
+    rig.hint(X, Sign.ENDED)
+    fetched = facts.Fetched(token=rig.token(X), result=FetchResult.UNREADABLE, reason="500")
+    rig.tell(fetched)
+    while rig.store[X].server == A:
+        rig.tell(facts.Tick(), after_s=rig.engine.next_deadline_s() - rig.now_s)
+        if rig.engine.jobs[X].live.order is Ask.PROBE:
+            unreadable = facts.Probed(
+                token=rig.token(X), presence=Presence.UNREADABLE, reason="HTTP status 500"
+            )
+            rig.tell(unreadable)
+    job = rig.store[X]
+    assert (job.server, job.charged) == (B, 0)
+    assert [said.outcome.reason for said in job.verdicts] == [Reason.SERVER_PROTOCOL]
+    end(rig, [X], SUCCESS)
+    assert "Server a did not: Server a has a record" in rig.store[X].warnings[-1]
