@@ -136,14 +136,17 @@ async def test_wrong_outputs_are_made_on_another_server(tmp_path):
 
 async def test_what_a_server_takes_in_part_is_taken_whole_by_another(tmp_path):
     async with farm(tmp_path, 2, within_s=PATIENCE_S) as two:
-        two.simulators[0].faults.set("missing-model=small.safetensors")
+        two.simulators[0].faults.set("missing-model=tuned.safetensors")
         graph = {
             **graphs.picture(1),
-            "2": graphs.node("CheckpointLoaderSimple", ckpt_name="small.safetensors"),
+            "2": graphs.node("SimModel", image=["1", 0], model="tuned.safetensors"),
+            "8": graphs.node("SaveImage", images=["2", 0], filename_prefix="tuned"),
         }
         two.drop_as("whole", graph)
         await two.daemon.finish(1, within_s=60)
-    two.check()
+    (result,) = two.check().values()
+    assert sorted(output["node"] for output in result["outputs"]) == ["8", "9"]
+    assert "a did not: The server would run only part" in result["warnings"][0]
 
 
 async def test_a_part_is_found_out_though_the_servers_answer_is_lost(
