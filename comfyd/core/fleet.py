@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 from comfyd.core import letdown, verdicts
@@ -306,21 +306,13 @@ class Fleet:
         theirs = server.remaining if server.hearing and ours else 0
         return max(ours, theirs) < server.room(self.policy)
 
-    def place(self, row: Row, open_: Iterable[ServerName], *, fresh: bool = False) -> Server | None:
-        """The least loaded of *open_* that may take this job.
-
-        Args:
-          fresh: A job waits that no server has let down. Such a one shows sooner whether a server
-            that turned the last one away takes any: this one waits for that, if one let it down.
-
-        """
+    def place(self, row: Row, open_: Iterable[ServerName]) -> Server | None:
+        """The least loaded of *open_* that may take this job."""
         best: tuple[tuple[bool, bool, float], Server] | None = None
         for name in open_:
             server = self.servers[name]
             ours = len(self.on_server[name])
             if verdicts.has_said(row, name, server.origin) or (row.deaths and ours):
-                continue
-            if fresh and row.let_down is not None and server.failures:
                 continue
             # Where prompts wait and none was seen to run, only if there is nowhere else; nor where
             # it was let down.
@@ -333,12 +325,25 @@ class Fleet:
                 best = rank, server
         return None if best is None else best[1]
 
-    def reserve(self, row: Row, now_s: float) -> ServerName | None:
-        """The server that a job which must be sent alone waits for: the one soonest empty."""
+    def left_to_others(self, row: Row) -> frozenset[ServerName]:
+        """Servers that turned the last submission away, if some server has let this job down: one
+        that has never been let down shows sooner whether they take any."""
+        if row.let_down is None:
+            return frozenset()
+        return frozenset(server.name for server in self.servers.values() if server.failures)
+
+    def reserve(self, row: Row, now_s: float, *, but: Collection[ServerName]) -> ServerName | None:
+        """The server that a job which must be sent alone waits for: the one soonest empty.
+
+        Args:
+          but: Not one of these.
+
+        """
         fitting = [
             server.name
             for server in self.servers.values()
-            if self.is_usable(server, now_s)
+            if server.name not in but
+            and self.is_usable(server, now_s)
             and not verdicts.has_said(row, server.name, server.origin)
         ]
         return min(fitting, key=lambda name: len(self.on_server[name]), default=None)

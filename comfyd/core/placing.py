@@ -22,11 +22,12 @@ def assignments(ahead: LookAhead, fleet: Fleet, now_s: float) -> Iterator[tuple[
     open_ = {s.name for s in fleet.servers.values() if fleet.has_room(s, now_s)}
     passed_over = []
     while open_ and (job := ahead.pop(now_s)) is not None:
-        server = fleet.place(job.row, sorted(open_), fresh=ahead.has_fresh(now_s))
+        others = fleet.left_to_others(job.row) if ahead.has_fresh(now_s) else frozenset()
+        server = fleet.place(job.row, sorted(open_ - others))
         if server is None:
             passed_over.append(job)
             if job.row.deaths:  # it is sent alone: let a server become empty for it
-                open_.discard(fleet.reserve(job.row, now_s) or ServerName(""))
+                open_.discard(fleet.reserve(job.row, now_s, but=others) or ServerName(""))
             continue
         client_id = server.client_id if server.hearing else None
         yield job, Assigned(server.name, server.origin, client_id)

@@ -132,6 +132,20 @@ def test_once_the_server_takes_something_all_go_in_their_order_again():
     assert names(rig.given)[-1] == "a"
 
 
+def test_one_that_is_sent_alone_keeps_no_server_from_those_that_go_first():
+    rig = Rig(1)
+    rig.drop(BAD, deaths=1)
+    assert not_sent(rig, BAD) == []
+    rig.drop("other")
+    assert is_sent(rig, "other")
+    assert not_sent(rig, "other") == []
+    rig.tell(facts.Tick(), after_s=0.9)  # BAD is due again before the server opens
+    rig.drop("good")
+    assert is_sent(rig, "good")
+    passes(rig, "good")
+    assert is_sent(rig, BAD)
+
+
 # --- the server's fault --------------------------------------------------------------------------
 
 
