@@ -13,7 +13,18 @@ from comfyd.core.engine import LOOK_AHEAD, Batch, Engine
 from comfyd.core.facts import Hint, Presence, Sign, Token
 from comfyd.core.job import Ask
 from comfyd.core.lookahead import REFUSED_AHEAD
-from comfyd.core.model import JobId, PromptId, Record, Row, ServerName, Staged, State, prompt_id_of
+from comfyd.core.model import (
+    JobId,
+    LetDown,
+    Outcome,
+    PromptId,
+    Record,
+    Row,
+    ServerName,
+    Staged,
+    State,
+    prompt_id_of,
+)
 from comfyd.core.notes import Note
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server
@@ -119,6 +130,18 @@ class Rig:
                 for i, n in enumerate(names)
             )
         )
+
+    def outcome(self, job: str) -> Outcome:
+        """What has become of *job*."""
+        outcome = self.store[JobId(job)].outcome
+        assert outcome is not None
+        return outcome
+
+    def let_down(self, job: str) -> LetDown:
+        """How often servers have let *job* down."""
+        sign = self.store[JobId(job)].let_down
+        assert sign is not None
+        return sign
 
     def token(self, job: str) -> Token:
         held = self.engine.jobs[JobId(job)]

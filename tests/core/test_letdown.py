@@ -82,11 +82,9 @@ def test_a_job_that_the_server_never_takes_fails_while_others_pass():
         passes(rig, good)
         assert is_sent(rig, BAD)
     unknown(rig, BAD)
-    row = rig.store[BAD]
-    assert row.charged == 3
-    assert row.outcome is not None
-    assert row.outcome.reason is Reason.REJECTED
-    assert row.outcome.message == (
+    outcome = rig.outcome(BAD)
+    assert (rig.store[BAD].charged, outcome.reason) == (3, Reason.REJECTED)
+    assert outcome.message == (
         "Server a did not take this job (HTTP status 500), and took others meanwhile;"
         " look for the reason in the server's log."
     )
@@ -104,7 +102,7 @@ def test_many_bad_jobs_keep_a_good_one_waiting_for_one_round_at_most():
         sent = until_sent(rig, POLICY.turned_away_max_s)
         assert len(sent) == 1
     assert rig.now_s - began_s <= 20 * POLICY.turned_away_max_s
-    assert all(rig.store[JobId(name)].let_down.times == 1 for name in bad)
+    assert all(rig.let_down(name).times == 1 for name in bad)
     assert all(rig.store[JobId(name)].charged == 0 for name in bad)
 
 
@@ -175,7 +173,7 @@ def test_a_server_that_says_later_charges_nobody(status):
         passes(rig, good)
         assert is_sent(rig, BAD)
     assert rig.store[BAD].charged == 0
-    assert rig.store[BAD].let_down.times == 5
+    assert rig.let_down(BAD).times == 5
 
 
 def test_a_server_that_is_not_there_lets_nobody_down():
@@ -208,7 +206,7 @@ def test_after_a_restart_old_acceptances_prove_nothing():
     rig.tell(facts.Health(server=A, ok=True), facts.Connected(server=A, client_id="new"))
     assert is_sent(rig, BAD)
     not_sent(rig, BAD)
-    assert (rig.store[BAD].charged, rig.store[BAD].let_down.times) == (0, 2)
+    assert (rig.store[BAD].charged, rig.let_down(BAD).times) == (0, 2)
 
 
 def test_its_own_acceptance_proves_nothing_either():
@@ -217,7 +215,7 @@ def test_its_own_acceptance_proves_nothing_either():
     unknown(rig, "x")
     assert until_sent(rig, 60) == ["x"]
     rig.accept("x")
-    assert rig.store[JobId("x")].let_down.times == 0
+    assert rig.let_down("x").times == 0
     rig.tell(facts.Disconnected(server=A, cause="closed"))
     for _ in range(2):
         rig.tell(facts.Probed(token=rig.token("x"), presence=Presence.REFUSED))
@@ -225,7 +223,7 @@ def test_its_own_acceptance_proves_nothing_either():
     assert rig.store[JobId("x")].state is State.SUBMITTING
     charged = rig.store[JobId("x")].charged
     not_sent(rig, "x")
-    assert (rig.store[JobId("x")].charged, rig.store[JobId("x")].let_down.times) == (charged, 1)
+    assert (rig.store[JobId("x")].charged, rig.let_down("x").times) == (charged, 1)
 
 
 def test_a_job_that_is_not_wanted_any_more_is_not_sent_again():
@@ -233,7 +231,7 @@ def test_a_job_that_is_not_wanted_any_more_is_not_sent_again():
     rig.drop("x")
     rig.tell(facts.CancelAsked(job=JobId("x")))
     not_sent(rig, "x")
-    assert rig.store[JobId("x")].outcome.reason is Reason.CANCELLED
+    assert rig.outcome("x").reason is Reason.CANCELLED
 
 
 # --- other servers -------------------------------------------------------------------------------
@@ -289,11 +287,12 @@ def test_what_is_fetched_back_is_not_given_to_the_server_that_let_it_down():
 
 
 def collecting(rig: Rig, name: str) -> None:
-    job = rig.store[JobId(name)]
-    server = job.server
+    server = rig.store[JobId(name)].server
     assert server is not None
     rig.accept(name)
-    rig.tell(facts.Hint(server=server, prompt_id=job.prompt_id, sign=Sign.ENDED))
+    prompt_id = rig.engine.jobs[JobId(name)].row.prompt_id
+    assert prompt_id is not None
+    rig.tell(facts.Hint(server=server, prompt_id=prompt_id, sign=Sign.ENDED))
     rig.tell(facts.Fetched(token=rig.token(name), result=FetchResult.FOUND, record=MADE))
     assert rig.store[JobId(name)].state is State.COLLECTING
 
@@ -307,7 +306,7 @@ def kept(rig: Rig, name: str) -> None:
         )
         rig.tell(fact)
         row = rig.store[job]
-        if row.state is not State.COLLECTING or row.outcome.state is State.FAILED:
+        if row.state is not State.COLLECTING or rig.outcome(name).state is State.FAILED:
             return
         rig.tell(facts.Tick(), after_s=rig.engine.next_deadline_s() - rig.now_s)
     raise AssertionError("nothing is done about it")
@@ -358,11 +357,11 @@ def test_a_cancel_that_came_too_late_still_keeps_it_from_being_made_again():
     collecting(rig, "x")
     rig.tell(facts.CancelAsked(job=JobId("x")))
     row = rig.store[JobId("x")]
-    assert (row.state, row.outcome.state) == (State.COLLECTING, State.DONE)
+    assert (row.state, rig.outcome("x").state) == (State.COLLECTING, State.DONE)
     fact = facts.CollectFailed(token=rig.token("x"), cause=Uncollected.MISSING, message="Gone.")
     rig.tell(fact)
-    row = rig.store[JobId("x")]
-    assert (row.state, row.outcome.reason) == (State.COLLECTING, Reason.CANCELLED)
+    assert rig.store[JobId("x")].state is State.COLLECTING
+    assert rig.outcome("x").reason is Reason.CANCELLED
 
 
 def test_a_cancel_that_came_too_late_changes_no_result():

@@ -28,10 +28,9 @@ def test_what_one_server_accepts_in_part_is_tried_on_the_others_at_no_charge():
     assert (row.state, row.server, row.charged) == (State.SUBMITTING, B, 0)
     assert [(said.server, said.outcome.reason) for said in row.verdicts] == [(A, Reason.PARTIAL)]
     in_part(rig, "x")
-    row = rig.store[JobId("x")]
-    assert row.outcome is not None
-    assert (row.outcome.state, row.outcome.reason) == (State.FAILED, Reason.PARTIAL)
-    assert row.outcome.message.endswith("correct them. (the same on a)")
+    outcome = rig.outcome("x")
+    assert (outcome.state, outcome.reason) == (State.FAILED, Reason.PARTIAL)
+    assert outcome.message.endswith("correct them. (the same on a)")
 
 
 def test_a_part_that_succeeds_before_it_is_stopped_is_no_result():
@@ -64,7 +63,7 @@ def test_outputs_that_nobody_spoke_of_are_asked_for_once_more():
     assert (row.state, row.attempt, row.charged) == (State.SUBMITTING, 2, 0)
     rig.tell(facts.Accepted(token=rig.token("x")))  # all of it: that node is no output
     end(rig, [JobId("x")], SHORT)
-    assert rig.store[JobId("x")].outcome.state is State.DONE
+    assert rig.outcome("x").state is State.DONE
 
 
 def test_a_job_whose_answers_are_always_lost_does_not_run_for_ever():
@@ -72,8 +71,7 @@ def test_a_job_whose_answers_are_always_lost_does_not_run_for_ever():
     rig.drop("x", max_attempts=2)
     unheard(rig, "x", SHORT)
     unheard(rig, "x", SHORT)
-    outcome = rig.store[JobId("x")].outcome
-    assert outcome is not None
+    outcome = rig.outcome("x")
     assert (outcome.state, outcome.reason) == (State.FAILED, Reason.PARTIAL)
     assert outcome.message.startswith("Server a did not run nodes 8, and did not say, or was not")
 
@@ -82,16 +80,15 @@ def test_who_accepts_a_part_is_told_what_is_not_known():
     rig = Rig(1)
     rig.drop("x", accept_partial=True)
     unheard(rig, "x", SHORT)
-    row = rig.store[JobId("x")]
-    assert row.outcome.state is State.DONE
-    assert any("did not run nodes 8" in warning for warning in row.warnings)
+    assert rig.outcome("x").state is State.DONE
+    assert any("did not run nodes 8" in text for text in rig.store[JobId("x")].warnings)
 
 
 def test_a_graph_that_ran_whole_needs_no_answer():
     rig = Rig(1)
     rig.drop("x")
     unheard(rig, "x", MADE)
-    assert rig.store[JobId("x")].outcome.state is State.DONE
+    assert rig.outcome("x").state is State.DONE
 
 
 def test_a_cancelled_job_of_which_a_part_succeeds_first_is_cancelled():
@@ -100,4 +97,4 @@ def test_a_cancelled_job_of_which_a_part_succeeds_first_is_cancelled():
     rig.tell(facts.CancelAsked(job=JobId("x")))
     rig.tell(facts.Accepted(token=rig.token("x"), node_errors=NO_MODEL))
     rig.tell(facts.Probed(token=rig.token("x"), presence=Presence.FINISHED, record=SHORT))
-    assert rig.store[JobId("x")].outcome.reason is Reason.CANCELLED
+    assert rig.outcome("x").reason is Reason.CANCELLED
