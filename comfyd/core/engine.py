@@ -318,14 +318,15 @@ class Engine:
         self._step(job, fact, now_s, u)
 
     def _step(self, job: Job, fact: JobFact, now_s: float, u: float) -> None:
-        judged = isinstance(fact, Accepted | Rejected | NotSent | Fetched | Probed)
+        judged = isinstance(fact, Accepted | Rejected | NotSent | SubmitUnknown | Fetched | Probed)
+        upload = isinstance(fact, NotSent) and fact.operation == "upload"
         server = self.fleet.of(job.row)
         context = Context(
             now_s=now_s,
             u=u,
             policy=self.policy,
             elsewhere=judged and self.fleet.elsewhere(job.row, now_s),
-            takes_others=judged and self.fleet.takes_others(job.row),
+            takes_others=judged and self.fleet.takes_others(job.row, upload=upload),
             answers=server is not None and bool(server.up),
         )
         self._apply(job.row, lifecycle.step(job, fact, context), now_s)

@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
-from comfyd.core.model import Fence, JobId, PromptId, Record, Row, ServerName, Staged, State
+from comfyd.core.model import Fence, JobId, PromptId, Record, Row, ServerName, Shelf, Staged, State
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server
 
@@ -34,6 +34,7 @@ class Accepted:
 
     token: Token
     number: float | None = None
+    uploaded: bool = False
     node_errors: dict[str, Any] = field(default_factory=dict)
 
 
@@ -81,6 +82,7 @@ class SubmitUnknown:
     reason: str
     status: int | None = None
     said: str = ""
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,11 +249,10 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """Answer to Refill: the next due rows, best first, and when the next delayed one, refused or
-    not, is due."""
+    """Answer to Refill: the next due rows, and when the next delayed one, of any kind, is due."""
 
     rows: tuple[Row, ...]
-    refused: bool = False
+    shelf: Shelf = Shelf.FRESH
     next_due_s: float | None = None
 
 

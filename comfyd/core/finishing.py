@@ -69,14 +69,19 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
     if fact.cause in {Uncollected.MISSING, Uncollected.INVALID} and row.outcome.state is State.DONE:
         return _outputs_lost(job, fact, ctx, retry)
     job = with_live(job, tries=job.live.tries + 1)
-    if fact.cause is not Uncollected.DISK:
+    if on_disk:
+        job = with_live(job, unsure_s=None)
+    else:
         if row.outcome.state is not State.DONE and job.live.tries >= policy.completion_attempts:
             # It failed anyway: what it produced is a courtesy, not worth waiting for.
             warning = f"Its outputs could not be fetched: {fact.message}"
             return collect_as(
                 job, row.outcome, ctx, retry, record=_bare(row), warnings=(*row.warnings, warning)
             )
-        job = with_live(job, unsure_s=job.live.unsure_s or ctx.now_s)
+        # An outage, and what a server that is there keeps, are waited for each on its own.
+        began = job.live.unsure_s is None or (job.live.away and ctx.answers)
+        since_s = ctx.now_s if began else job.live.unsure_s
+        job = with_live(job, unsure_s=since_s, away=not ctx.answers)
         if row.outcome.state is State.DONE and is_abandoned(job, ctx):
             if ctx.answers:  # but not with what it made: that is no outage
                 return _outputs_lost(job, fact, ctx, retry)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from comfyd.core import letdown, verdicts
@@ -157,7 +157,10 @@ class Fleet:
         if server is None or fact.token.attempt != row.attempt:
             return
         if isinstance(fact, Accepted):
-            return self.took(row, now_s)
+            self.took(row, now_s)
+            if fact.uploaded:
+                self.put(replace(self.servers[server.name], uploaded_s=now_s))
+            return None
         if isinstance(fact, Rejected):
             return self.put(server.opened())
         failures = server.failures + 1
@@ -165,7 +168,7 @@ class Fleet:
         answered = fact.status is not None and fact.status not in letdown.BUSY
         most_s = policy.turned_away_max_s if answered else policy.retry_max_s
         delay_s = exponential_s(failures, policy.retry_first_s, most_s, u=u)
-        if isinstance(fact, NotSent) and fact.retry_after_s is not None:
+        if fact.retry_after_s is not None:
             delay_s = max(delay_s, min(fact.retry_after_s, policy.abandon_after_s))
         closed_until_s = now_s + delay_s
         server = replace(server, failures=failures, closed_until_s=closed_until_s, said=fact.said)
@@ -260,12 +263,17 @@ class Fleet:
             for server in self.servers.values()
         )
 
-    def takes_others(self, row: Row) -> bool:
-        """Whether its server has accepted another job since some server let this one down."""
+    def takes_others(self, row: Row, *, upload: bool) -> bool:
+        """Whether its server has accepted another job since some server let this one down.
+
+        Args:
+          upload: One with files, which is a job of its own kind for a full or read-only disk.
+
+        """
         server = self.of(row)
         if server is None or row.let_down is None:
             return False
-        return server.accepted_s > row.let_down.since_s
+        return (server.uploaded_s if upload else server.accepted_s) > row.let_down.since_s
 
     def is_hopeful(self, server: Server, now_s: float) -> bool:
         """Whether it is worth waiting for: it is well, or has not been unwell for long."""
@@ -308,43 +316,33 @@ class Fleet:
 
     def place(self, row: Row, open_: Iterable[ServerName]) -> Server | None:
         """The least loaded of *open_* that may take this job."""
-        best: tuple[tuple[bool, bool, float], Server] | None = None
+        best: tuple[tuple[bool, bool, bool, float], Server] | None = None
         for name in open_:
             server = self.servers[name]
             ours = len(self.on_server[name])
             if verdicts.has_said(row, name, server.origin) or (row.deaths and ours):
                 continue
             # Where prompts wait and none was seen to run, only if there is nowhere else; nor where
-            # it was let down.
+            # it is likely to be let down once more.
             rank = (
                 server.idle_since_s is not None,
-                letdown.is_by(row, name, server.origin),
+                row.let_down is not None and server.failures > 0,
+                letdown.is_by(row, server),
                 max(ours, server.remaining) / server.room(self.policy),
             )
             if best is None or rank < best[0]:
                 best = rank, server
         return None if best is None else best[1]
 
-    def left_to_others(self, row: Row) -> frozenset[ServerName]:
-        """Servers that turned the last submission away, if some server has let this job down: one
-        that has never been let down shows sooner whether they take any."""
-        if row.let_down is None:
-            return frozenset()
-        return frozenset(server.name for server in self.servers.values() if server.failures)
+    def could_run(self, server: Server, row: Row, now_s: float) -> bool:
+        """Whether it may be given that job, once it has room."""
+        said = verdicts.has_said(row, server.name, server.origin)
+        return not said and self.is_usable(server, now_s)
 
-    def reserve(self, row: Row, now_s: float, *, but: Collection[ServerName]) -> ServerName | None:
-        """The server that a job which must be sent alone waits for: the one soonest empty.
-
-        Args:
-          but: Not one of these.
-
-        """
+    def reserve(self, row: Row, now_s: float) -> ServerName | None:
+        """The server that a job which must be sent alone waits for: the one soonest empty."""
         fitting = [
-            server.name
-            for server in self.servers.values()
-            if server.name not in but
-            and self.is_usable(server, now_s)
-            and not verdicts.has_said(row, server.name, server.origin)
+            server.name for server in self.servers.values() if self.could_run(server, row, now_s)
         ]
         return min(fitting, key=lambda name: len(self.on_server[name]), default=None)
 

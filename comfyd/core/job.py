@@ -14,7 +14,6 @@ from comfyd.core.facts import (
     Answer,
     Hint,
     LateSuccess,
-    SubmitUnknown,
     Wish,
 )
 from comfyd.core.model import (
@@ -60,7 +59,9 @@ class Live:
       alone: No other prompt of ours was on its server when the connection ended.
       stalling: Silent past its stall deadline: the next look decides.
       recovered: Found in the journal at start: its signals went to a process that is gone.
-      unheard: What came of its POST, if that was no usable answer.
+      unheard: What came of its POST in a few words, if that was no usable answer.
+      its_fault: That counts against the job, if its prompt is found nowhere.
+      away: Its server was not there when its outputs were asked for last.
 
     """
 
@@ -82,7 +83,9 @@ class Live:
     alone: bool = False
     stalling: bool = False
     recovered: bool = False
-    unheard: SubmitUnknown | None = None
+    unheard: str | None = None
+    its_fault: bool = False
+    away: bool = False
 
 
 @dataclass(frozen=True, slots=True)

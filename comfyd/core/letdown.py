@@ -13,7 +13,7 @@ import msgspec
 
 from comfyd.core import verdicts
 from comfyd.core.job import Context, Job, Step
-from comfyd.core.model import LetDown, Reason, Row, ServerName
+from comfyd.core.model import LetDown, Reason, Row
 from comfyd.core.moves import (
     collect_as,
     failure,
@@ -25,6 +25,7 @@ from comfyd.core.moves import (
 )
 from comfyd.core.notes import Note
 from comfyd.core.policy import exponential_s
+from comfyd.core.server import Server
 
 # What an overloaded server or a limiting proxy says to anybody: "later".
 BUSY: Final = frozenset({429, 503})
@@ -52,19 +53,30 @@ def taken(job: Job, ctx: Context) -> Job:
     return with_row(job, let_down=msgspec.structs.replace(sign, times=0, since_s=ctx.now_s))
 
 
-def is_by(row: Row, server: ServerName, origin: str) -> bool:
+def is_by(row: Row, server: Server) -> bool:
     """Whether that server was the last to let this job down."""
     sign = row.let_down
-    return sign is not None and (sign.server, sign.origin) == (server, origin)
+    return sign is not None and (sign.server, sign.origin) == (server.name, server.origin)
 
 
-def turned_away(job: Job, said: str, status: int | None, ctx: Context, *notes: Note) -> Step:
+def is_likely(row: Row, server: Server) -> bool:
+    """Whether it was let down there, or anywhere while that server takes nothing either."""
+    return is_by(row, server) or (row.let_down is not None and server.failures > 0)
+
+
+def is_its_fault(status: int | None, ctx: Context) -> bool:
+    """Whether a failure with that status, now, counts against the job."""
+    return status not in BUSY and ctx.takes_others
+
+
+def turned_away(job: Job, said: str, ctx: Context, *notes: Note, its_fault: bool) -> Step:
     """Its server was reached, and its prompt is not there: back to the queue, or to the end.
 
     Its identity is not used again: as it waits, nothing in memory tells old answers from new ones.
 
     Args:
-      said, status: What came instead of success.
+      said: What came instead of success.
+      its_fault: That counts against the job.
 
     """
     row, policy = job.row, ctx.policy
@@ -73,7 +85,7 @@ def turned_away(job: Job, said: str, status: int | None, ctx: Context, *notes: N
     sign = mark(job, said, ctx)
     delay_s = exponential_s(sign.times, policy.retry_first_s, policy.retry_max_s, u=ctx.u)
     job = with_row(job, let_down=sign, not_before=ctx.now_s + delay_s)
-    if status in BUSY or not ctx.takes_others:
+    if not its_fault:
         return requeue(job, ctx, *notes)
     charged = row.charged + 1
     if charged < row.max_attempts:

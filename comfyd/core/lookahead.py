@@ -1,7 +1,8 @@
 """The part of the queue that is in memory: the best of it, bounded. The journal has all of it.
 
-Jobs that some server has refused or let down are kept apart from those that none has: however many
-wait for the one server that is left to them, what any other server can run is seen behind them.
+Jobs that some server has refused are kept apart: however many wait for the one server that is left
+to them, what any other server can run is seen behind them. So are those that were let down, for
+some of them may have nothing to hope for.
 """
 
 from __future__ import annotations
@@ -15,28 +16,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from comfyd.core.facts import Candidates, Overdue
 from comfyd.core.fleet import Fleet
 from comfyd.core.job import Job
-from comfyd.core.model import JobId, Row, ServerName, State
+from comfyd.core.model import JobId, Row, ServerName, Shelf, State
 from comfyd.core.orders import Expire, Refill
 
 # Enough to keep 16 servers with full windows busy for two rounds between reads of the journal.
 LOOK_AHEAD = 512
 # The same for one round: all of them may be looked at in vain each time that a server has room.
-REFUSED_AHEAD = 128
+OTHERS_AHEAD = 128
 
 
 class _Shelf:
-    """Queued jobs of one kind, best first: those that some server has refused or let down, or that
-    none has.
+    """Queued jobs of one *kind*, best first, of which *room* are kept in memory."""
 
-    Args:
-      refused: Which.
-      room: How many are kept in memory.
-
-    """
-
-    def __init__(self, *, refused: bool, room: int) -> None:
-        self.refused = refused
-        self.room = room
+    def __init__(self, kind: Shelf) -> None:
+        self.kind = kind
+        self.room = LOOK_AHEAD if kind is Shelf.FRESH else OTHERS_AHEAD
         self.queued = 0
         self.heap: list[tuple[int, int, JobId]] = []  # entries may be outdated
         self.more = True  # the journal may hold due rows that are not in memory
@@ -64,10 +58,7 @@ class LookAhead:
         self.picky: dict[JobId, None] = {}
         self._hopeful = frozenset[ServerName]()  # each picky job was found to wait for one of these
         self._judged = True  # but for those that came since
-        self._shelves = (
-            _Shelf(refused=False, room=LOOK_AHEAD),
-            _Shelf(refused=True, room=REFUSED_AHEAD),
-        )
+        self._shelves = tuple(_Shelf(kind) for kind in Shelf)  # by their number
         self._next_delayed_s = math.inf  # when the first delayed row in the journal comes due
         self._overdue_s = 0.0  # when the first queued row is past its deadline
         self._expiring = False
@@ -76,8 +67,7 @@ class LookAhead:
         """An independent copy, of *jobs*."""
         new = copy.copy(self)
         new._jobs, new.picky = jobs, dict(self.picky)
-        fresh, refused = self._shelves
-        new._shelves = (fresh.fork(), refused.fork())
+        new._shelves = tuple(shelf.fork() for shelf in self._shelves)
         return new
 
     @property
@@ -106,7 +96,7 @@ class LookAhead:
             return
         shelf = self._shelf(row)
         shelf.queued += 1
-        if old is None or old.state is not State.QUEUED or old.refused != row.refused:
+        if old is None or old.state is not State.QUEUED or old.shelf is not row.shelf:
             heapq.heappush(shelf.heap, _entry(row))
         if row.verdicts:
             self.picky[row.job] = None
@@ -138,8 +128,10 @@ class LookAhead:
             # A heap keeps entries of jobs that were held or cancelled until it is made anew.
             if shelf.queued > shelf.room or len(shelf.heap) > 2 * shelf.room:
                 queue = self._due(shelf, now_s)
+                if shelf.kind is Shelf.LET_DOWN:  # in the order in which the journal gives them
+                    queue.sort(key=lambda entry: self._jobs[entry[2]].row.not_before)
                 shelf.more |= len(queue) > shelf.room
-                shelf.heap = queue[: shelf.room]
+                shelf.heap = sorted(queue[: shelf.room])
                 excess += [job_id for _, _, job_id in queue[shelf.room :]]
         return excess
 
@@ -154,12 +146,10 @@ class LookAhead:
         best = min(heaps, key=lambda heap: heap[0], default=None)
         return None if best is None else self._jobs[heapq.heappop(best)[2]]
 
-    def has_fresh(self, now_s: float) -> bool:
-        """Whether one that no server has refused or let down may be sent now."""
-        fresh = self._shelves[0]
-        while fresh.heap and not self._is_due(fresh, fresh.heap[0], now_s):
-            heapq.heappop(fresh.heap)
-        return bool(fresh.heap)
+    def by_wait(self, now_s: float) -> list[Job]:
+        """Those that may be sent now, first who could have been for longest; they stay."""
+        due = (entry for shelf in self._shelves for entry in self._due(shelf, now_s))
+        return sorted((self._jobs[job_id] for _, _, job_id in due), key=_waits_since)
 
     def put_back(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
@@ -179,7 +169,7 @@ class LookAhead:
         return [job for job in picky if not fleet.elsewhere(job.row, now_s)]
 
     def _shelf(self, row: Row) -> _Shelf:
-        return self._shelves[row.refused]
+        return self._shelves[row.shelf]
 
     def _due(self, shelf: _Shelf, now_s: float) -> list[tuple[int, int, JobId]]:
         """Its entries that may be sent now, best first, each once."""
@@ -203,13 +193,13 @@ class LookAhead:
         for shelf in self._shelves:
             if shelf.more and shelf.queued < shelf.room // 2 and not shelf.reading:
                 shelf.reading = True
-                yield Refill(count=shelf.room, refused=shelf.refused)
+                yield Refill(count=shelf.room, shelf=shelf.kind)
         if now_s >= self._overdue_s and not self._expiring:
             self._expiring, self._overdue_s = True, math.inf
             yield Expire(count=LOOK_AHEAD)
 
     def refilled(self, fact: Candidates) -> None:
-        shelf = self._shelves[fact.refused]
+        shelf = self._shelves[fact.shelf]
         shelf.reading = False
         shelf.more = len(fact.rows) >= shelf.room
         self._next_delayed_s = math.inf if fact.next_due_s is None else fact.next_due_s
@@ -219,6 +209,10 @@ class LookAhead:
         self._overdue_s = math.inf if fact.next_s is None else fact.next_s
         if len(fact.rows) >= LOOK_AHEAD:
             self._overdue_s = now_s
+
+
+def _waits_since(job: Job) -> tuple[float, int, int]:
+    return max(job.row.claimed_at, job.row.not_before), -job.row.priority, job.row.seq
 
 
 def _entry(row: Row) -> tuple[int, int, JobId]:

@@ -190,6 +190,14 @@ class LetDown(Value, frozen=True):
     said: str
 
 
+class Shelf(enum.IntEnum):
+    """Kinds of queued jobs, which are kept apart so that none hides another. The journal's too."""
+
+    FRESH = 0  # no server has said no to it, or let it down
+    REFUSED = 1  # some server has said no to it
+    LET_DOWN = 2  # some server has let it down, and none has said no
+
+
 class Fence(Value, frozen=True):
     """An attempt that was given up without proof that it is over.
 
@@ -314,6 +322,8 @@ class Row(Value, frozen=True):
         return self.claimed_at if self.published_at is None else self.published_at
 
     @property
-    def refused(self) -> bool:
-        """Whether some server has said no to it, or let it down."""
-        return bool(self.verdicts) or self.let_down is not None
+    def shelf(self) -> Shelf:
+        """Where it is kept while it is queued."""
+        if self.verdicts:
+            return Shelf.REFUSED
+        return Shelf.FRESH if self.let_down is None else Shelf.LET_DOWN

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from comfyd.core import model
 from comfyd.core.facts import LateSuccess, Token, Wish
-from comfyd.core.model import Row, ServerName
+from comfyd.core.model import Row, ServerName, Shelf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +111,10 @@ class Expire:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refill:
-    """Read the next *count* queued rows from the journal, of those that no server has refused, or
-    of those that some has. Answer: Candidates."""
+    """Read the next *count* queued rows of one kind from the journal. Answer: Candidates."""
 
     count: int
-    refused: bool
+    shelf: Shelf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,30 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from comfyd.core import letdown, verdicts
+from comfyd.core import letdown
 from comfyd.core.fleet import Fleet
 from comfyd.core.job import Assigned, Job
 from comfyd.core.lookahead import LookAhead
 from comfyd.core.model import JobId, Row, ServerName, State
 from comfyd.core.moves import is_recalled
-from comfyd.core.server import Server
 
 
 def assignments(ahead: LookAhead, fleet: Fleet, now_s: float) -> Iterator[tuple[Job, Assigned]]:
     """Give queued jobs, best first, to the least loaded servers with room.
 
-    Each is to be carried out before the next is asked for: it changes the load.
+    A server that turned the last submission away is given instead who has waited for longest: so
+    all have their turn there until one is taken, however many are not. Each assignment is to be
+    carried out before the next is asked for: it changes the load.
     """
     open_ = {s.name for s in fleet.servers.values() if fleet.has_room(s, now_s)}
     passed_over = []
     while open_ and (job := ahead.pop(now_s)) is not None:
-        others = fleet.left_to_others(job.row) if ahead.has_fresh(now_s) else frozenset()
-        server = fleet.place(job.row, sorted(open_ - others))
+        server = fleet.place(job.row, sorted(open_))
         if server is None:
             passed_over.append(job)
             if job.row.deaths:  # it is sent alone: let a server become empty for it
-                open_.discard(fleet.reserve(job.row, now_s, but=others) or ServerName(""))
+                open_.discard(fleet.reserve(job.row, now_s) or ServerName(""))
             continue
+        if server.failures:
+            ahead.put_back([job])
+            waiting = ahead.by_wait(now_s)
+            job = next(job for job in waiting if fleet.place(job.row, sorted(open_)) is server)
         client_id = server.client_id if server.hearing else None
         yield job, Assigned(server.name, server.origin, client_id)
         if not fleet.has_room(server, now_s):
@@ -66,7 +70,7 @@ def recalls(
         if server.up and fleet.on_server[server.name] and in_need:
             others = [other for other in fleet.servers.values() if other.name != server.name]
             for job in waiting_on(server.name):
-                if any(_could_run(fleet, other, job.row, now_s) for other in others):
+                if any(fleet.could_run(other, job.row, now_s) for other in others):
                     chosen[job.row.job] = job
     if not nobody_queued:
         return list(chosen.values()), again_s
@@ -78,7 +82,7 @@ def recalls(
             for name, here in fleet.on_server.items()
             if max(len(here), fleet.servers[name].remaining) > 1 and fleet.servers[name].up
             for job in waiting_on(name)
-            if _could_run(fleet, server, job.row, now_s)
+            if fleet.could_run(server, job.row, now_s) and not letdown.is_likely(job.row, server)
         ]
         late = max(behind, key=lambda job: submission_order(job.row), default=None)
         if late is None:
@@ -89,12 +93,6 @@ def recalls(
         else:
             again_s = min(again_s, at_s)
     return list(chosen.values()), again_s
-
-
-def _could_run(fleet: Fleet, server: Server, row: Row, now_s: float) -> bool:
-    said = verdicts.has_said(row, server.name, server.origin)
-    failed = letdown.is_by(row, server.name, server.origin)
-    return not said and not failed and fleet.is_usable(server, now_s)
 
 
 def submission_order(row: Row) -> tuple[float, float, int]:

@@ -23,7 +23,7 @@ class Server:
       remaining: The server's own count of prompts, others' included, as last heard.
       failures, closed_until_s: Submissions turned away in a row, and when to try the next.
       said: What came of the last of those, in a few words; "" if there was none, or no answer.
-      accepted_s: When it last accepted a prompt of ours.
+      accepted_s, uploaded_s: When it last accepted a prompt of ours, and one that came with files.
       run_average_s: Moving average of run times since the last (re)connect.
       listen_by_s: Until then a missing connection is given time to come (back) before prompts are
         sent that nobody would hear of.
@@ -52,6 +52,7 @@ class Server:
     closed_until_s: float = 0.0
     said: str = ""
     accepted_s: float = -math.inf
+    uploaded_s: float = -math.inf
     run_average_s: float | None = None
     listen_by_s: float = 0.0
     draining: bool = False

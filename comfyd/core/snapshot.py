@@ -65,8 +65,7 @@ def _turned_away(server: Server) -> str:
     if not server.failures:
         return ""
     last = "submission" if server.failures == 1 else f"{server.failures} submissions"
-    what = f"did not take the last {last}" if server.said else f"was not reached by the last {last}"
-    return f"{what}{f' ({server.said})' if server.said else ''}; others are tried"
+    return f"did not take the last {last} ({server.said or 'not reached'}); others are tried"
 
 
 def _also_drained(server: Server, why: str) -> str:

@@ -136,7 +136,8 @@ def not_sent(job: Job, fact: NotSent, ctx: Context) -> Step:
     """Back to the queue: no prompt is there. At its old place, if nobody was met at all."""
     retry = _retry(job, fact.operation, fact)
     if fact.reached:
-        return letdown.turned_away(job, fact.said, fact.status, ctx, retry)
+        its_fault = letdown.is_its_fault(fact.status, ctx)
+        return letdown.turned_away(job, fact.said, ctx, retry, its_fault=its_fault)
     # No prompt of that identity was ever anywhere, so it may be used again.
     return requeue(job, ctx, retry, attempt=job.row.attempt - 1)
 
@@ -145,7 +146,10 @@ def submit_unknown(job: Job, fact: SubmitUnknown, ctx: Context) -> Step:
     """It may be there, now or later: look after the grace, do not send again."""
     retry = _retry(job, "submit", fact)
     grace = Ask.PROBE, ctx.now_s + ctx.policy.lost_grace_s
-    return Step(plan(with_live(job, unheard=fact), *grace), notes=(retry,), urgent=False)
+    # Whose fault it is depends on what was known when it failed, not when that is certain.
+    its_fault = letdown.is_its_fault(fact.status, ctx)
+    job = with_live(job, unheard=fact.said, its_fault=its_fault)
+    return Step(plan(job, *grace), notes=(retry,), urgent=False)
 
 
 def _retry(job: Job, operation: str, fact: NotSent | SubmitUnknown) -> Note:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from comfyd.core.facts import Candidates, Overdue
-from comfyd.core.model import Fence, JobId, PromptId, Row, State
+from comfyd.core.model import Fence, JobId, PromptId, Row, Shelf, State
 from comfyd.core.retention import Bounds, Kept, Past, Place, Tally, kept_of
 from comfyd.journal.store import (
     FOUND_MAX,
@@ -119,13 +119,14 @@ class MemoryStore:
         rows = self.rows_by_job.values()
         return _by_seq(row for row in rows if row.state not in waiting and not row.retired)
 
-    def candidates(self, count: int, now_s: float, *, refused: bool) -> Candidates:
+    def candidates(self, count: int, now_s: float, shelf: Shelf) -> Candidates:
         queued = [row for row in self.rows_by_job.values() if row.state is State.QUEUED]
-        due = [row for row in queued if row.not_before <= now_s and row.refused == refused]
-        due.sort(key=lambda row: (-row.priority, row.seq))
+        due = [row for row in queued if row.not_before <= now_s and row.shelf is shelf]
+        by_due = shelf is Shelf.LET_DOWN
+        due.sort(key=lambda row: (row.not_before if by_due else -row.priority, row.seq))
         later = (row.not_before for row in queued if row.not_before > now_s)
         next_due_s = min(later, default=None)
-        return Candidates(rows=tuple(due[:count]), refused=refused, next_due_s=next_due_s)
+        return Candidates(rows=tuple(due[:count]), shelf=shelf, next_due_s=next_due_s)
 
     def overdue(self, count: int, now_s: float) -> Overdue:
         limited = [

@@ -159,20 +159,26 @@ _VERSION_4: Final = (
     "CREATE INDEX by_end ON jobs (state, over) WHERE over IS NOT NULL",
 )
 
-MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
+_VERSION_5: Final = (
+    # Of what kind it is while it is queued: `model.Shelf`, of which 0 and 1 are what was here.
+    "ALTER TABLE jobs RENAME COLUMN refused TO shelf",
+    "CREATE INDEX let_down ON jobs (not_before, seq) WHERE state = 'queued' AND shelf = 2",
+)
+
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5)
 VERSION: Final = len(MIGRATIONS)
 
 # --- changes --------------------------------------------------------------------------------------
 
 INSERT: Final = """
   INSERT OR IGNORE INTO jobs (state, version, priority, not_before, claimed_at, retired, key,
-                              server, prompt_id, queue_by, refused, over, data, crc, seq,
+                              server, prompt_id, queue_by, shelf, over, data, crc, seq,
                               job)
   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 UPDATE: Final = """
   UPDATE jobs SET state = ?, version = ?, priority = ?, not_before = ?, claimed_at = ?,
-                  retired = ?, key = ?, server = ?, prompt_id = ?, queue_by = ?, refused = ?,
+                  retired = ?, key = ?, server = ?, prompt_id = ?, queue_by = ?, shelf = ?,
                   over = ?, data = ?, crc = ?
   WHERE seq = ? AND job = ?
 """
@@ -214,8 +220,13 @@ UNNAME: Final = "DELETE FROM names WHERE job = ?"
 
 CANDIDATES: Final = """
   SELECT data FROM jobs INDEXED BY queue
-  WHERE state = 'queued' AND refused = ? AND not_before <= ?
+  WHERE state = 'queued' AND shelf = ? AND not_before <= ?
   ORDER BY priority DESC, seq LIMIT ?
+"""
+LET_DOWN: Final = """
+  SELECT data FROM jobs INDEXED BY let_down
+  WHERE state = 'queued' AND shelf = 2 AND not_before <= ?
+  ORDER BY not_before, seq LIMIT ?
 """
 NEXT_DUE: Final = """
   SELECT not_before FROM jobs INDEXED BY due

@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from comfyd.core.facts import Candidates, Overdue
-from comfyd.core.model import Fence, JobId, Row, State
+from comfyd.core.model import Fence, JobId, Row, Shelf, State
 from comfyd.core.retention import Bounds, Kept, Past, Place, Tally, kept_of
 from comfyd.errors import DiskFull, JournalDamaged, JournalError
 from comfyd.journal import schema, wal
@@ -241,11 +241,15 @@ class SqliteStore:
     def active(self) -> tuple[Row, ...]:
         return self._rows(schema.ACTIVE)
 
-    def candidates(self, count: int, now_s: float, *, refused: bool) -> Candidates:
+    def candidates(self, count: int, now_s: float, shelf: Shelf) -> Candidates:
         later = self._fetch(schema.NEXT_DUE, now_s)
+        if shelf is Shelf.LET_DOWN:
+            rows = self._rows(schema.LET_DOWN, now_s, count)
+        else:
+            rows = self._rows(schema.CANDIDATES, shelf, now_s, count)
         return Candidates(
-            rows=self._rows(schema.CANDIDATES, refused, now_s, count),
-            refused=refused,
+            rows=rows,
+            shelf=shelf,
             next_due_s=later[0][0] if later else None,
         )
 
@@ -415,7 +419,7 @@ class SqliteStore:
             row.server,
             row.prompt_id,
             row.queue_by,
-            row.refused,
+            row.shelf,
             row.over_at,
             data,
             zlib.crc32(data),

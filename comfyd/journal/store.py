@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from comfyd.core.facts import Candidates, Overdue
-from comfyd.core.model import Fence, JobId, PromptId, Row, State, Value
+from comfyd.core.model import Fence, JobId, PromptId, Row, Shelf, State, Value
 from comfyd.core.retention import Bounds, Kept, Past, Place, Tally
 
 # Enough for a person to pick the right one; a longer answer would only be cut by the terminal.
@@ -157,12 +157,10 @@ class Reads(Protocol):
         """Every row that waits for something of ours, by seq: not queued, not held, not retired."""
         ...
 
-    def candidates(self, count: int, now_s: float, *, refused: bool) -> Candidates:
-        """The next *count* queued rows due at *now_s* (UTC, from 0), and when another one will be.
+    def candidates(self, count: int, now_s: float, shelf: Shelf) -> Candidates:
+        """The next *count* rows of *shelf* due at *now_s* (UTC, from 0), and when another will be.
 
-        Only those that some server has refused, or only those that none has.
-
-        Highest priority first, then by seq.
+        Highest priority first, then by seq; of the let down, those first that are due for longest.
         """
         ...
 

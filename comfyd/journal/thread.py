@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 import trio
 
 from comfyd.core.facts import Candidates, Overdue
-from comfyd.core.model import Fence, JobId, Row, State
+from comfyd.core.model import Fence, JobId, Row, Shelf, State
 from comfyd.core.retention import Bounds, Kept, Past, Place, Tally
 from comfyd.journal.copy import check_copy
 from comfyd.journal.store import Batch, Event, Pruned, Store
@@ -105,8 +105,8 @@ class Journal:
     async def active(self) -> tuple[Row, ...]:
         return await self._call(self._store.active)
 
-    async def candidates(self, count: int, now_s: float, *, refused: bool) -> Candidates:
-        return await self._call(partial(self._store.candidates, count, now_s, refused=refused))
+    async def candidates(self, count: int, now_s: float, shelf: Shelf) -> Candidates:
+        return await self._call(partial(self._store.candidates, count, now_s, shelf))
 
     async def overdue(self, count: int, now_s: float) -> Overdue:
         return await self._call(self._store.overdue, count, now_s)

@@ -167,7 +167,7 @@ class Dispatcher:
         now_s = self._clock.now_s()
         match order:
             case Refill():
-                return await self._journal.candidates(order.count, now_s, refused=order.refused)
+                return await self._journal.candidates(order.count, now_s, order.shelf)
             case Expire():
                 return await self._journal.overdue(order.count, now_s)
             case Summon():

@@ -261,8 +261,19 @@ async def submit(
                 said=str(error),
                 retry_after_s=error.retry_after_s,
             )
-        return SubmitUnknown(token=token, reason="status", status=error.status, said=str(error))
+        return SubmitUnknown(
+            token=token,
+            reason="status",
+            status=error.status,
+            said=str(error),
+            retry_after_s=error.retry_after_s,
+        )
     if reply.prompt_id != row.prompt_id:
         return SubmitUnknown(token=token, reason="protocol", said="it answered another prompt id")
     on_posted()
-    return Accepted(token=token, number=reply.number, node_errors=reply.node_errors)
+    return Accepted(
+        token=token,
+        number=reply.number,
+        uploaded=bool(job.document.files),
+        node_errors=reply.node_errors,
+    )

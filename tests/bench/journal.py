@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from comfyd.core.model import JobId, Row, ServerName, State, prompt_id_of
+from comfyd.core.model import JobId, Row, ServerName, Shelf, State, prompt_id_of
 from comfyd.journal.sqlite import SqliteStore
 from comfyd.journal.store import Batch, Event, Insert, Update
 
@@ -86,9 +86,9 @@ def run(folder: Path, rows: int) -> None:
     took_s = time.perf_counter() - before_s
     print(f"arrivals, 256 a commit:  {rows / took_s:,.0f} rows/s")
     for size, jobs in ((1, 2000), (16, 4000), (256, 20_000)):
-        report_commits(store, store.candidates(jobs, 2e9, refused=False).rows, size)
+        report_commits(store, store.candidates(jobs, 2e9, Shelf.FRESH).rows, size)
     now_s = 2e9
-    report_call("candidates(256)", lambda: store.candidates(256, now_s, refused=False))
+    report_call("candidates(256)", lambda: store.candidates(256, now_s, Shelf.FRESH))
     report_call("counts()", store.counts)
     report_call("oldest(queued)", lambda: store.oldest(State.QUEUED))
     report_call("rows(limit=100)", lambda: store.rows(limit=100))

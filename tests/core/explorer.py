@@ -233,12 +233,12 @@ class World:
     def read(self, order: orders.Read) -> facts.Fact:
         queued = [r for r in self.store.values() if r.state is State.QUEUED]
         match order:
-            case orders.Refill(refused=refused):
+            case orders.Refill(shelf=shelf):
                 later = [r.not_before for r in queued if r.not_before > self.now_s]
-                due = [r for r in queued if r.not_before <= self.now_s and r.refused == refused]
+                due = [r for r in queued if r.not_before <= self.now_s and r.shelf is shelf]
                 rows = tuple(sorted(due, key=lambda r: r.seq))
                 next_due_s = min(later, default=None)
-                return facts.Candidates(rows=rows, refused=refused, next_due_s=next_due_s)
+                return facts.Candidates(rows=rows, shelf=shelf, next_due_s=next_due_s)
             case orders.Expire():
                 by = {r.job: r.queue_by for r in queued if r.queue_by is not None}
                 late = tuple(r for r in queued if by.get(r.job, math.inf) <= self.now_s)
@@ -546,7 +546,7 @@ class World:
             (name, row(job.row), v.order, v.want, v.look, off(v.look_s), v.ended, v.refused,
              off(v.absent_s, 2), off(v.unsure_s, 4), v.orphan, v.recovered, min(v.tries, 3),
              off(v.since_s, 3) if job.row.state is State.STOPPING else None, v.alone, v.stalling,
-             v.unheard is None,
+             v.unheard is None, v.its_fault, v.away,
              None if self.scene.stall_s is None else off(v.heard_s, 5))
             for name, job in sorted(self.engine.jobs.items() if self.engine else ())
             for v in [job.live]]
@@ -555,12 +555,15 @@ class World:
              s.wedged, off(s.idle_since_s, 2), off(s.unfit_since_s, 4), s.strikes, s.leaving,
              off(s.restart_s) if s.restart_every_s is not None else None)
             for s in (self.engine.servers.values() if self.engine else ())]
+        queued = [r for r in self.store.values() if r.state is State.QUEUED]
+        in_turn = sorted((max(r.claimed_at, r.not_before), r.seq) for r in queued)
+        turns = tuple(seq for _, seq in in_turn) if any(s[1] for s in servers) else ()
         watches = [
             (w.fence.prompt_id, w.asked, off(w.look_s), off(w.absent_s, 2), off(w.alive_s, 1),
              min(w.tries, 2))
             for w in (self.engine.fleet.watches.values() if self.engine else ())]
         work = sorted((at, type(o).__name__, token(o), str(q)) for at, o, q in self.work)
-        return (tuple(memory), tuple(servers), tuple(watches), tuple(work), self.faults,
+        return (tuple(memory), tuple(servers), turns, tuple(watches), tuple(work), self.faults,
                 tuple(self.sims.values()), self.engine and self.engine.space, tuple(self.fences),
                 str({name: value for name, value in self.settings.items() if name != "restarted"}),
                 tuple((name, off(at_s, self.scene.restart_every_s or 0.0)) for times in

@@ -12,7 +12,7 @@ from comfyd.core import facts, model, orders
 from comfyd.core.engine import LOOK_AHEAD, Batch, Engine
 from comfyd.core.facts import Hint, Presence, Sign, Token
 from comfyd.core.job import Ask
-from comfyd.core.lookahead import REFUSED_AHEAD
+from comfyd.core.lookahead import OTHERS_AHEAD
 from comfyd.core.model import (
     JobId,
     LetDown,
@@ -21,6 +21,7 @@ from comfyd.core.model import (
     Record,
     Row,
     ServerName,
+    Shelf,
     Staged,
     State,
     prompt_id_of,
@@ -30,14 +31,14 @@ from comfyd.core.policy import Policy
 from comfyd.core.server import Server
 
 POLICY = Policy()
-A, B = ServerName("a"), ServerName("b")
+A, B, C = ServerName("a"), ServerName("b"), ServerName("c")
 
 
 class Rig:
     """An engine with a store that is a dict, and the clock in our hands."""
 
     def __init__(self, *windows: int | None, connected: bool = True) -> None:
-        names = [A, B][: len(windows) or 1]
+        names = [A, B, C][: len(windows) or 1]
         windows = windows or (2,)
         self.windows = dict(zip(names, windows, strict=True))
         self.now_s = 1000.0
@@ -112,13 +113,14 @@ class Rig:
                 late = tuple(r for r in queued if by.get(r.job, math.inf) <= self.now_s)
                 after = min((at for at in by.values() if at > self.now_s), default=None)
                 return facts.Overdue(rows=late, next_s=after)
-            case orders.Refill(count=count, refused=refused):
-                due = [r for r in queued if r.not_before <= self.now_s and r.refused == refused]
-                due.sort(key=lambda r: (-r.priority, r.seq))
+            case orders.Refill(count=count, shelf=shelf):
+                due = [r for r in queued if r.not_before <= self.now_s and r.shelf is shelf]
+                by_due = shelf is Shelf.LET_DOWN
+                due.sort(key=lambda r: (r.not_before if by_due else -r.priority, r.seq))
                 later = [r.not_before for r in queued if r.not_before > self.now_s]
                 return facts.Candidates(
                     rows=tuple(due[:count]),
-                    refused=refused,
+                    shelf=shelf,
                     next_due_s=min(later, default=None),
                 )
 
@@ -147,9 +149,10 @@ class Rig:
         held = self.engine.jobs[JobId(job)]
         return Token(held.row.job, held.row.attempt, held.live.seq)
 
-    def accept(self, *names: str) -> None:
+    def accept(self, *names: str, uploaded: bool = False) -> None:
         for name in names:
-            self.tell(facts.Accepted(token=self.token(name), number=self.now_s))
+            token = self.token(name)
+            self.tell(facts.Accepted(token=token, number=self.now_s, uploaded=uploaded))
 
     def told(self, kind: str) -> list[Note]:
         """The notes of one kind, so far."""
@@ -398,7 +401,7 @@ def test_a_prompt_that_waits_is_not_silent_while_one_before_it_is_heard():
 
 def test_jobs_that_wait_for_the_only_server_left_hide_no_others():
     rig = Rig(1, 1)
-    total = LOOK_AHEAD + 2 * REFUSED_AHEAD
+    total = LOOK_AHEAD + 2 * OTHERS_AHEAD
     rig.drop("easy", "long")  # on A and B
     rig.accept("easy", "long")
     for at in range(0, total, 200):
@@ -412,7 +415,7 @@ def test_jobs_that_wait_for_the_only_server_left_hide_no_others():
         assert given == [f"easy-{i}"]
         given = names(finish(rig, given[0]))
     assert given == []
-    assert len(rig.engine.jobs) <= REFUSED_AHEAD + 10
+    assert len(rig.engine.jobs) <= OTHERS_AHEAD + 10
     given = names(finish(rig, "long"))
     for i in range(total):  # and B, at last, takes one after the other, but for every second
         assert given == [f"hard-{i:04}"]

@@ -7,10 +7,22 @@ import pytest
 from comfyd.core import facts, orders
 from comfyd.core.facts import FetchResult, Presence, Sign, Uncollected
 from comfyd.core.job import Ask
-from comfyd.core.model import End, FileRef, JobId, Reason, Record, ServerName, Staged, State
+from comfyd.core.lookahead import OTHERS_AHEAD
+from comfyd.core.model import (
+    End,
+    FileRef,
+    JobId,
+    Reason,
+    Record,
+    ServerName,
+    Shelf,
+    Staged,
+    State,
+    prompt_id_of,
+)
 from comfyd.core.present import job_summary
 from comfyd.core.snapshot import ServerState, state_of
-from tests.core.test_engine import POLICY, A, B, Rig, end, names
+from tests.core.test_engine import POLICY, A, B, C, Rig, end, names
 
 BAD = JobId("bad")
 MADE = Record(end=End.SUCCESS, files=(FileRef(node="9", key="images", filename="a.png"),))
@@ -40,10 +52,10 @@ def gone(rig: Rig, name: str) -> None:
         rig.tell(facts.Probed(token=rig.token(name), presence=Presence.ABSENT))
 
 
-def passes(rig: Rig, name: str) -> None:
-    """*name* is accepted a moment later, runs and is done."""
+def passes(rig: Rig, name: str, *, uploaded: bool = True) -> None:
+    """*name* is accepted a moment later, with its files, runs and is done."""
     rig.now_s += 0.1
-    rig.accept(name)
+    rig.accept(name, uploaded=uploaded)
     end(rig, [JobId(name)], Record(end=End.SUCCESS))
 
 
@@ -92,54 +104,113 @@ def test_a_job_that_the_server_never_takes_fails_while_others_pass():
     assert told == [{"charged": 1, "reason": "turned_away"}] * 3
 
 
+def until_taken(rig: Rig, name: str, *, most: int) -> int:
+    """Turn away whatever is sent until *name* is; returns how many that were."""
+    for tries in range(most + 1):
+        under_way = [job for job, row in rig.store.items() if row.state is State.SUBMITTING]
+        sent = under_way or until_sent(rig, POLICY.turned_away_max_s)
+        assert len(sent) == 1
+        if sent == [name]:
+            return tries
+        not_sent(rig, sent[0])
+    raise AssertionError(f"{name} was not sent")
+
+
 def test_many_bad_jobs_keep_a_good_one_waiting_for_one_round_at_most():
     rig = Rig(1)
     bad = [f"bad-{number}" for number in range(20)]
     rig.drop(*bad, "good")
-    began_s, sent = rig.now_s, [bad[0]]
-    while sent != ["good"]:
-        not_sent(rig, sent[0])
-        sent = until_sent(rig, POLICY.turned_away_max_s)
-        assert len(sent) == 1
+    began_s = rig.now_s
+    assert until_taken(rig, "good", most=20) == 20
     assert rig.now_s - began_s <= 20 * POLICY.turned_away_max_s
     assert all(rig.let_down(name).times == 1 for name in bad)
     assert all(rig.store[JobId(name)].charged == 0 for name in bad)
 
 
-def test_after_a_failure_those_go_first_that_no_server_has_let_down():
+def test_nor_does_it_wait_for_longer_once_it_was_let_down_itself():
+    """Bad ones before it come due again as fast as they are tried."""
+    rig = Rig(1)
+    bad = [f"bad-{number}" for number in range(20)]
+    rig.drop(*bad, "good")
+    until_taken(rig, "good", most=20)
+    for _ in range(3):
+        not_sent(rig, "good")
+        assert until_taken(rig, "good", most=20) <= 20
+
+
+def test_a_stream_of_bad_ones_does_not_keep_it_waiting_for_ever():
+    rig = Rig(1)
+    rig.drop("good", priority=100)
+    not_sent(rig, "good")
+    rig.drop("bad-0", "bad-1")
+    for number in range(2, 20):
+        sent = until_sent(rig, POLICY.turned_away_max_s)
+        if sent == ["good"]:
+            assert number <= 5
+            return
+        rig.drop(f"bad-{number}")  # there is always one that no server has let down
+        not_sent(rig, sent[0])
+    raise AssertionError("it was never tried again")
+
+
+def test_more_than_there_is_room_for_in_memory_hide_nobody():
+    """All have been let down, and the journal is asked for those that have waited for longest."""
+    rig = Rig(1)
+    bad = [f"bad-{number:03}" for number in range(2 * OTHERS_AHEAD)]
+    rig.drop(*bad, "good")
+    assert until_taken(rig, "good", most=len(bad)) == len(bad)
+    not_sent(rig, "good")
+    assert until_taken(rig, "good", most=2 * len(bad)) <= len(bad) + OTHERS_AHEAD
+
+
+def test_those_that_were_refused_hide_no_one_that_was_let_down():
+    """However many wait for b, which is busy: a may take this one."""
+    rig = Rig(1, 1)
+    rig.drop("first", "long")  # one on each
+    (on_a,) = [name for name, row in rig.store.items() if row.server == A]
+    rig.accept("first", "long")
+    end(rig, [on_a], Record(end=End.SUCCESS))
+    for number in range(OTHERS_AHEAD + 2):
+        rig.drop(name := f"refused-{number}")
+        rig.tell(facts.Rejected(token=rig.token(name), message="no such model"))
+    rig.drop("x")
+    not_sent(rig, "x")
+    assert until_sent(rig, 1) == ["x"]
+    assert rig.store[JobId("x")].server == A
+
+
+def test_where_submissions_fail_who_waits_for_longest_goes_first():
     rig = Rig(1)
     rig.drop(BAD)
     assert not_sent(rig, BAD) == []
     rig.drop("good", priority=-1)
-    assert until_sent(rig, 60) == ["good"]  # though BAD is due as well, and before it
+    assert until_sent(rig, 60) == ["good"]  # BAD may be sent since later, though before it in order
     assert not_sent(rig, "good") == []
-    assert until_sent(rig, 60) == [BAD]  # nobody is left who is better
+    assert until_sent(rig, 60) == [BAD]
 
 
 def test_once_the_server_takes_something_all_go_in_their_order_again():
     rig = Rig(1)
-    rig.drop("a")
+    rig.drop("a", priority=1)
     rig.drop("b", "c")
     assert not_sent(rig, "a") == []
     assert until_sent(rig, 60) == ["b"]
-    assert not_sent(rig, "b") == []
-    assert until_sent(rig, 60) == ["c"]
-    rig.tell(facts.Tick(), after_s=60)
-    rig.accept("c")
-    end(rig, [JobId("c")], Record(end=End.SUCCESS))
+    rig.tell(facts.Tick(), after_s=60)  # all may be sent, and c for longest
+    rig.accept("b")
+    end(rig, [JobId("b")], Record(end=End.SUCCESS))
     assert names(rig.given)[-1] == "a"
 
 
-def test_one_that_is_sent_alone_keeps_no_server_from_those_that_go_first():
+def test_one_that_is_sent_alone_keeps_no_server_from_the_others():
     rig = Rig(1)
     rig.drop(BAD, deaths=1)
     assert not_sent(rig, BAD) == []
     rig.drop("other")
     assert is_sent(rig, "other")
     assert not_sent(rig, "other") == []
-    rig.tell(facts.Tick(), after_s=0.9)  # BAD is due again before the server opens
+    rig.tell(facts.Tick(), after_s=0.9)  # BAD may be sent before the server opens
     rig.drop("good")
-    assert is_sent(rig, "good")
+    assert until_taken(rig, "good", most=2) <= 2
     passes(rig, "good")
     assert is_sent(rig, BAD)
 
@@ -214,7 +285,7 @@ def test_its_own_acceptance_proves_nothing_either():
     rig.drop("x")
     unknown(rig, "x")
     assert until_sent(rig, 60) == ["x"]
-    rig.accept("x")
+    rig.accept("x", uploaded=True)
     assert rig.let_down("x").times == 0
     rig.tell(facts.Disconnected(server=A, cause="closed"))
     for _ in range(2):
@@ -226,12 +297,118 @@ def test_its_own_acceptance_proves_nothing_either():
     assert (rig.store[JobId("x")].charged, rig.let_down("x").times) == (charged, 1)
 
 
-def test_a_job_that_is_not_wanted_any_more_is_not_sent_again():
+def proven(rig: Rig, name: str) -> None:
+    """Its server lets *name* down, takes another job with files, and is given *name* again."""
+    not_sent(rig, name)
+    rig.drop(good := f"good-{len(rig.store)}")
+    assert is_sent(rig, good)
+    passes(rig, good)
+    assert is_sent(rig, name)
+
+
+def test_a_job_that_is_not_wanted_any_more_is_not_sent_again_nor_blamed():
     rig = Rig(1)
-    rig.drop("x")
+    rig.drop("x", max_attempts=1)
+    proven(rig, "x")
     rig.tell(facts.CancelAsked(job=JobId("x")))
     not_sent(rig, "x")
     assert rig.outcome("x").reason is Reason.CANCELLED
+
+
+def test_only_jobs_with_files_prove_that_files_are_taken():
+    """Its input folder is full, or read-only, and all that need none pass."""
+    rig = Rig(1)
+    rig.drop(BAD, max_attempts=1)
+    for number in range(5):
+        not_sent(rig, BAD)
+        rig.drop(good := f"good-{number}")
+        assert is_sent(rig, good)
+        passes(rig, good, uploaded=False)
+        assert is_sent(rig, BAD)
+    assert rig.store[BAD].charged == 0
+    unknown(rig, BAD)  # its files were taken: this is about its prompt, as with all others
+    assert rig.outcome(BAD).reason is Reason.REJECTED
+
+
+def test_what_is_refused_is_not_taken():
+    rig = Rig(1)
+    rig.drop(BAD, max_attempts=1)
+    unknown(rig, BAD)
+    rig.drop("other")
+    assert is_sent(rig, "other")
+    rig.tell(facts.Rejected(token=rig.token("other"), message="no such node"))
+    assert is_sent(rig, BAD)
+    unknown(rig, BAD)
+    assert (rig.store[BAD].charged, rig.let_down(BAD).times) == (0, 2)
+
+
+def test_what_the_server_takes_after_it_failed_is_no_proof():
+    """The outage may have ended between the two; only later is it certain what came of the POST."""
+    rig = Rig(2)
+    rig.drop("x", max_attempts=1)
+    unknown(rig, "x")
+    assert is_sent(rig, "x")
+    away = facts.SubmitUnknown(token=rig.token("x"), reason="status", status=500, said="HTTP 500")
+    rig.tell(away)
+    rig.drop("other")
+    assert is_sent(rig, "other")
+    passes(rig, "other")
+    gone(rig, "x")
+    row = rig.store[JobId("x")]
+    assert (row.state, row.charged, rig.let_down("x").times) == (State.QUEUED, 0, 2)
+
+
+def test_a_server_that_dies_of_nothing_in_particular_is_no_proof():
+    rig = Rig(1)
+    rig.drop("x", max_attempts=1)
+    proven(rig, "x")
+    rig.tell(facts.SubmitUnknown(token=rig.token("x"), reason="timeout", said="no answer"))
+    rig.tell(facts.Disconnected(server=A, cause="ping_timeout"))
+    for _ in range(2):
+        rig.tell(facts.Tick(), after_s=POLICY.lost_grace_s)
+        rig.tell(facts.Probed(token=rig.token("x"), presence=Presence.REFUSED))
+    row = rig.store[JobId("x")]
+    assert (row.charged, rig.let_down("x").times) == (0, 1)
+    assert row.outcome is None
+
+
+@pytest.mark.parametrize(
+    ("failure", "most_s"),
+    [({"status": 500}, 5), ({"status": 503}, 30), ({"status": 429}, 30), ({"status": None}, 30)],
+)
+def test_how_long_a_server_is_left_alone(failure, most_s):
+    """Briefly where it answers: the job may be why. Longer where it says "later", or nothing."""
+    rig = Rig(1)
+    rig.drop(*(f"job-{number}" for number in range(10)))
+    began_s = rig.now_s
+    for number in range(10):
+        began_s = rig.now_s
+        not_sent(rig, f"job-{number}", **failure)
+        until_sent(rig, 60)
+    assert rig.now_s - began_s == pytest.approx(0.5 if number < 9 else most_s)
+
+
+def test_when_the_server_says_to_come_back_is_heeded_after_a_post_too():
+    rig = Rig(1)
+    rig.drop("x")
+    fact = facts.SubmitUnknown(
+        token=rig.token("x"), reason="status", status=503, said="HTTP 503", retry_after_s=77.0
+    )
+    rig.tell(fact)
+    assert rig.engine.servers[A].closed_until_s == rig.now_s + 77
+
+
+def test_a_new_connection_opens_the_server():
+    rig = Rig(1)
+    rig.drop("x", "y")
+    for _ in range(6):
+        not_sent(rig, "x" if rig.store[JobId("x")].state is State.SUBMITTING else "y")
+        until_sent(rig, 60)
+    not_sent(rig, "x" if rig.store[JobId("x")].state is State.SUBMITTING else "y")
+    rig.tell(facts.Tick(), after_s=4.9)
+    assert not any(row.state is State.SUBMITTING for row in rig.store.values())
+    rig.tell(facts.Disconnected(server=A, cause="closed"))
+    assert len(names(rig.tell(facts.Connected(server=A, client_id="new")))) == 1
 
 
 # --- other servers -------------------------------------------------------------------------------
@@ -281,6 +458,54 @@ def test_what_is_fetched_back_is_not_given_to_the_server_that_let_it_down():
     for _ in range(4):
         rig.tell(facts.Tick(), after_s=POLICY.recall_after_s)
     assert rig.store[JobId("x")].state is State.SUBMITTED
+
+
+def test_two_servers_that_take_nothing_do_not_keep_it_from_a_third():
+    rig = Rig(1, 1, 1)
+    rig.drop("x")
+    seen = []
+    for _ in range(3):
+        seen.append(rig.store[JobId("x")].server)
+        if seen[-1] == C:
+            break
+        not_sent(rig, "x")
+        assert is_sent(rig, "x")
+    assert seen == [A, B, C]
+
+
+def test_nor_is_it_fetched_back_from_the_third_for_them():
+    rig = Rig(1, 1, 2)
+    rig.drop("long")
+    for server in (A, B):
+        assert rig.store[JobId("long")].server == server
+        not_sent(rig, "long")
+        assert is_sent(rig, "long")
+    rig.accept("long")
+    rig.drop("x")
+    assert rig.store[JobId("x")].server == A
+    not_sent(rig, "x")
+    assert is_sent(rig, "x")
+    rig.accept("x")
+    assert rig.store[JobId("x")].server == C  # behind the long one
+    for _ in range(5):
+        rig.tell(facts.Hint(server=C, prompt_id=prompt_id_of(JobId("long"), 3), sign=Sign.ALIVE))
+        rig.tell(facts.Tick(), after_s=POLICY.recall_after_s)
+    assert rig.store[JobId("x")].state is State.SUBMITTED
+
+
+def test_where_nothing_runs_any_more_it_is_fetched_back_even_for_the_one_that_let_it_down():
+    rig = Rig(1, 2)
+    rig.drop("x")
+    not_sent(rig, "x")
+    assert is_sent(rig, "x")
+    rig.accept("x")
+    assert rig.store[JobId("x")].server == B
+    rig.drop("other")
+    passes(rig, "other")
+    for _ in range(20):
+        rig.tell(facts.QueueLooked(server=B, running=0, pending=1), after_s=60)
+    assert rig.engine.servers[B].wedged
+    assert rig.store[JobId("x")].state is State.STOPPING  # it is being fetched back
 
 
 # --- outputs -------------------------------------------------------------------------------------
@@ -341,6 +566,45 @@ def test_outputs_on_a_server_that_is_gone_are_made_again_at_no_charge():
     assert (row.server, row.charged, row.let_down) == (B, 0, None)
 
 
+def asked_again(rig: Rig, cause: Uncollected) -> None:
+    """The outputs of x are asked for once more, and do not come."""
+    job = JobId("x")
+    while rig.engine.jobs[job].live.order is None:
+        rig.tell(facts.Tick(), after_s=rig.engine.next_deadline_s() - rig.now_s)
+    rig.tell(facts.CollectFailed(token=rig.token("x"), cause=cause, message="It is kept."))
+
+
+def test_a_full_disk_is_no_part_of_the_time_that_outputs_are_kept():
+    rig = Rig(1)
+    rig.drop("x", max_attempts=1)
+    collecting(rig, "x")
+    asked_again(rig, Uncollected.SERVER)
+    began_s = rig.now_s
+    while rig.now_s < began_s + 2 * POLICY.abandon_after_s:
+        asked_again(rig, Uncollected.DISK)
+    asked_again(rig, Uncollected.SERVER)
+    assert rig.store[JobId("x")].state is State.COLLECTING
+    assert rig.store[JobId("x")].charged == 0
+
+
+def test_nor_is_an_outage():
+    rig = Rig(1)
+    rig.drop("x", max_attempts=1)
+    collecting(rig, "x")
+    rig.tell(facts.Disconnected(server=A, cause="closed"), facts.Health(server=A, ok=False))
+    began_s = rig.now_s
+    while rig.now_s < began_s + POLICY.abandon_after_s - 60:
+        asked_again(rig, Uncollected.SERVER)
+    rig.tell(facts.Health(server=A, ok=True))
+    back_s = rig.now_s
+    while rig.now_s < began_s + POLICY.abandon_after_s + 60:
+        asked_again(rig, Uncollected.SERVER)
+        assert rig.store[JobId("x")].charged == 0
+    while rig.store[JobId("x")].charged == 0:
+        asked_again(rig, Uncollected.SERVER)
+    assert rig.now_s - back_s >= POLICY.abandon_after_s
+
+
 @pytest.mark.parametrize("cause", [Uncollected.MISSING, Uncollected.INVALID])
 def test_outputs_that_are_gone_or_wrong_are_made_again_on_another_server(cause):
     rig = Rig(1, 1)
@@ -398,7 +662,8 @@ def test_status_says_that_a_server_takes_nothing():
     )
     until_sent(rig, 60)
     rig.tell(facts.NotSent(token=rig.token("x"), reason="refused"))
-    assert said_of(rig)[1] == "was not reached by the last 3 submissions; others are tried"
+    why = "did not take the last 3 submissions (not reached); others are tried"
+    assert said_of(rig)[1] == why
     until_sent(rig, 60)
     passes(rig, "x")
     assert said_of(rig) == (ServerState.UP, "")
@@ -427,7 +692,7 @@ def test_nobody_is_thought_to_have_refused_what_was_only_let_down():
     rig.drop("x")
     not_sent(rig, "x")
     row = rig.store[JobId("x")]
-    assert row.refused  # of those that must not hide others
+    assert row.shelf is Shelf.LET_DOWN  # where it hides no others
     rig.tell(facts.Health(server=A, ok=False))
     assert rig.engine.fleet.is_wanted(row, rig.now_s)
     assert not [each for each in rig.given if isinstance(each, orders.Collect)]

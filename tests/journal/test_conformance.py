@@ -14,12 +14,14 @@ from comfyd.core.model import (
     Fence,
     FileRef,
     JobId,
+    LetDown,
     NodeFailure,
     Outcome,
     Reason,
     Record,
     Row,
     ServerName,
+    Shelf,
     Source,
     Staged,
     State,
@@ -84,6 +86,14 @@ outcomes = st.builds(
 )
 
 
+let_downs = st.builds(
+    LetDown,
+    server=st.just(ServerName("a")),
+    origin=st.just("http://a"),
+    times=st.integers(0, 3),
+    since_s=st.sampled_from(TIMES),
+    said=st.just("HTTP status 500"),
+)
 verdicts = st.builds(
     Verdict, server=st.just(ServerName("local")), origin=st.just("http://x"), outcome=outcomes
 )
@@ -111,6 +121,7 @@ def rows(draw, jobs=JOBS):
         prompt_id=prompt_id_of(chosen, attempt) if attempt else None,
         abandoned=(("local", "http://x", prompt_id_of(chosen, 1)),) if abandoned else (),
         verdicts=tuple(draw(st.lists(verdicts, max_size=1))),
+        let_down=draw(st.none() | let_downs),
         why=draw(st.none() | outcomes),
         record=draw(st.none() | records),
         staged=draw(st.none() | st.just(Staged(manifest_sha256="00", outputs=1))),
@@ -268,9 +279,8 @@ class Conformance(RuleBasedStateMachine):
         model = self.model
         assert store.active() == model.active()
         for now_s in (*TIMES, 15.0):
-            for refused in (False, True):
-                ours = store.candidates(2, now_s, refused=refused)
-                assert ours == model.candidates(2, now_s, refused=refused)
+            for shelf in Shelf:
+                assert store.candidates(2, now_s, shelf) == model.candidates(2, now_s, shelf)
             assert store.overdue(2, now_s) == model.overdue(2, now_s)
         for state in (State.DONE, State.FAILED, State.CANCELLED):
             assert store.latest(state, limit=2) == model.latest(state, limit=2)

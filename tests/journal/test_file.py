@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from comfyd.core.model import Fence, JobId, PromptId, Row, ServerName, State
+from comfyd.core.model import Fence, JobId, PromptId, Row, ServerName, Shelf, State
 from comfyd.core.retention import Kept, Place, Tally
 from comfyd.errors import ConfigError, JournalDamaged, JournalError, JournalTooNew, SpoolBusy
 from comfyd.journal import schema
@@ -331,8 +331,8 @@ def test_a_journal_of_version_1_becomes_one_of_today_with_its_jobs_and_fences(pa
         open_readonly(path)
 
     store = SqliteStore.open(path)
-    fox, bear = store.candidates(9, 0.0, refused=False).rows
-    (wolf,) = store.candidates(9, 0.0, refused=True).rows
+    fox, bear = store.candidates(9, 0.0, Shelf.FRESH).rows
+    (wolf,) = store.candidates(9, 0.0, Shelf.REFUSED).rows
     assert (fox.job, fox.metadata) == ("fox.01A", {"name": "f\u00fcchs\0"})
     assert wolf.abandoned == tuple(map(tuple, given_up))
     fences = [("p-1", wolf, "local", "http://x"), ("p-2", wolf, "other", "http://y")]

@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 
-from comfyd.core.model import JobId, Outcome, Row, ServerName, State, Verdict
+from comfyd.core.model import JobId, Outcome, Row, ServerName, Shelf, State, Verdict
 from comfyd.core.retention import Kept, Place
 from comfyd.journal import schema
 from comfyd.journal.sqlite import SqliteStore
@@ -14,8 +14,9 @@ REFUSALS = (
     Verdict(server=ServerName("a"), origin="http://a", outcome=Outcome(state=State.FAILED)),
 )
 QUESTIONS = {
-    "candidates": (schema.CANDIDATES, (False, 50.0, 100)),
-    "refused candidates": (schema.CANDIDATES, (True, 50.0, 100)),
+    "candidates": (schema.CANDIDATES, (Shelf.FRESH, 50.0, 100)),
+    "refused candidates": (schema.CANDIDATES, (Shelf.REFUSED, 50.0, 100)),
+    "let down candidates": (schema.LET_DOWN, (50.0, 100)),
     "next due": (schema.NEXT_DUE, (50.0,)),
     "overdue": (schema.OVERDUE, (50.0, 100)),
     "next deadline": (schema.NEXT_DEADLINE, (50.0,)),

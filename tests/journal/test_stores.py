@@ -1,15 +1,19 @@
 """The promises of a store, one by one, for every store there is."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from comfyd.core.model import (
     Fence,
     JobId,
+    LetDown,
     Outcome,
     Reason,
     Row,
     ServerName,
+    Shelf,
     Staged,
     State,
     Verdict,
@@ -155,7 +159,7 @@ def test_candidates_come_by_priority_then_arrival_when_they_are_due(store):
     store.commit(Batch(changes=tuple(Insert(row=row) for row in (*rows, held))))
 
     def seqs(count, now_s):
-        answer = store.candidates(count, now_s, refused=False)
+        answer = store.candidates(count, now_s, Shelf.FRESH)
         return [row.seq for row in answer.rows], answer.next_due_s
 
     assert seqs(9, 0.0) == ([2, 1, 5], 10.0)
@@ -177,7 +181,7 @@ def test_the_latest_are_those_published_last_whenever_they_came(store):
     assert store.latest(State.CANCELLED, limit=9) == ()
 
 
-def test_candidates_that_a_server_refused_are_asked_for_apart(store):
+def test_candidates_of_each_kind_are_asked_for_apart(store):
     said = (
         Verdict(
             server=ServerName("a"),
@@ -185,19 +189,30 @@ def test_candidates_that_a_server_refused_are_asked_for_apart(store):
             outcome=Outcome(state=State.FAILED, reason=Reason.REJECTED),
         ),
     )
-    rows = [Row(job=JobId(f"job.{seq}"), seq=seq, priority=int(seq == 3)) for seq in range(1, 5)]
+    away = LetDown(server=ServerName("a"), origin="http://a", times=1, since_s=0.0, said="")
+    rows = [Row(job=JobId(f"job.{seq}"), seq=seq, priority=int(seq % 3 == 0)) for seq in range(10)]
     store.commit(Batch(changes=tuple(Insert(row=row) for row in rows)))
-    for row in rows[1:3]:
-        after = msgspec.structs.replace(row, version=1, verdicts=said)
+    changes: dict[int, dict[str, Any]] = {
+        2: {"verdicts": said},
+        3: {"verdicts": said, "let_down": away},
+        5: {"let_down": away, "not_before": 4.0},
+        6: {"let_down": away, "not_before": 3.0},
+        7: {"let_down": away, "not_before": 3.0},
+        8: {"let_down": away, "not_before": 9.0},
+    }
+    for seq, more in changes.items():
+        after = msgspec.structs.replace(rows[seq], version=1, **more)
         store.commit(Batch(changes=(Update(row=after, expected=0),)))
 
-    def seqs(*, refused):
-        answer = store.candidates(9, 0.0, refused=refused)
-        assert answer.refused == refused
+    def seqs(shelf, count=9):
+        answer = store.candidates(count, 5.0, shelf)
+        assert (answer.shelf, answer.next_due_s) == (shelf, 9.0)
         return [row.seq for row in answer.rows]
 
-    assert seqs(refused=False) == [1, 4]
-    assert seqs(refused=True) == [3, 2]
+    assert seqs(Shelf.FRESH) == [0, 9, 1, 4]
+    assert seqs(Shelf.REFUSED) == [3, 2]
+    assert seqs(Shelf.LET_DOWN) == [6, 7, 5]  # who is due for longest, whatever its priority
+    assert seqs(Shelf.LET_DOWN, 1) == [6]
 
 
 def test_what_waits_past_its_deadline_comes_earliest_first(store):

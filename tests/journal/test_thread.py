@@ -8,7 +8,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from comfyd.core.model import JobId, Row, State
+from comfyd.core.model import JobId, Row, Shelf, State
 from comfyd.core.retention import Bounds, Past, Place, Tally
 from comfyd.errors import DiskFull, JournalError
 from comfyd.journal import file
@@ -45,7 +45,7 @@ async def test_it_answers_as_its_store_does(path, inline):
         assert len(took_s) == 1
         assert 0 <= took_s[0] < 60
         assert await journal.active() == ()
-        assert (await journal.candidates(3, 10.0, refused=False)).rows == (FOX,)
+        assert (await journal.candidates(3, 10.0, Shelf.FRESH)).rows == (FOX,)
         assert (await journal.overdue(3, 10.0)).rows == ()
         assert await journal.fences() == ()
         assert await journal.remembered() == {"paused": True}
