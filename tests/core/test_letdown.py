@@ -6,14 +6,16 @@ import pytest
 
 from comfyd.core import facts, orders
 from comfyd.core.facts import FetchResult, Presence, Sign, Uncollected
-from comfyd.core.job import Ask
-from comfyd.core.lookahead import OTHERS_AHEAD
+from comfyd.core.job import Ask, Job
+from comfyd.core.lookahead import OTHERS_AHEAD, LookAhead
 from comfyd.core.model import (
     End,
     FileRef,
     JobId,
+    LetDown,
     Reason,
     Record,
+    Row,
     ServerName,
     Shelf,
     Staged,
@@ -161,6 +163,19 @@ def test_more_than_there_is_room_for_in_memory_hide_nobody():
     assert until_taken(rig, "good", most=len(bad)) == len(bad)
     not_sent(rig, "good")
     assert until_taken(rig, "good", most=2 * len(bad)) <= len(bad) + OTHERS_AHEAD
+
+
+def test_memory_keeps_those_that_have_waited_for_longest():
+    away = LetDown(server=A, origin="http://a", times=1, since_s=0.0, said="")
+    count = 2 * OTHERS_AHEAD
+    rows = [
+        Row(job=JobId(f"job-{seq}"), seq=seq, let_down=away, not_before=float(count - seq))
+        for seq in range(count)
+    ]
+    ahead = LookAhead({row.job: Job(row) for row in rows})
+    for row in rows:
+        ahead.index(None, row)
+    assert ahead.overflow(1000.0) == [row.job for row in reversed(rows[:OTHERS_AHEAD])]
 
 
 def test_those_that_were_refused_hide_no_one_that_was_let_down():
@@ -336,7 +351,7 @@ def test_what_is_refused_is_not_taken():
     unknown(rig, BAD)
     rig.drop("other")
     assert is_sent(rig, "other")
-    rig.tell(facts.Rejected(token=rig.token("other"), message="no such node"))
+    rig.tell(facts.Rejected(token=rig.token("other"), message="no such node"), after_s=1)
     assert is_sent(rig, BAD)
     unknown(rig, BAD)
     assert (rig.store[BAD].charged, rig.let_down(BAD).times) == (0, 2)
