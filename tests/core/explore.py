@@ -24,6 +24,7 @@ LONG = [
     ("ab", "S", {"crash": 1}, 1, Scene(window=2)),
     ("ab", "S", {"away": 2}, 2, PLAIN),
     ("ab", "S", {"away": 4}, 4, Scene(window=2)),
+    ("ab", "ST", {"away": 2}, 2, PLAIN),
     ("a", "S", FAULTS, 3, PLAIN),
 ]
 

@@ -18,7 +18,7 @@ from trio.testing import MockClock
 from comfyd.core import facts, orders
 from comfyd.core.engine import LOOK_AHEAD, Engine
 from comfyd.core.facts import Claimed, Presence, Token
-from comfyd.core.model import End, JobId, Outcome, Record, Row, ServerName, Staged, State
+from comfyd.core.model import End, JobId, Outcome, Record, Row, ServerName, Shelf, Staged, State
 from comfyd.core.policy import Policy
 from comfyd.core.server import Server
 from comfyd.errors import DiskFull, JobFileError, UsageError
@@ -374,7 +374,7 @@ async def test_a_queue_longer_than_memory_is_held_and_released(autojump_clock: M
             assert len(told) == count
             assert all(ok for _, ok, _ in told)
             assert len(rig.engine.jobs) <= LOOK_AHEAD + 100
-            fresh, _ = rig.engine._ahead._shelves
+            fresh = rig.engine._ahead._shelves[Shelf.FRESH]
             assert len(fresh.heap) <= 3 * LOOK_AHEAD  # entries that are outdated, too
         assert rig.store.counts()[State.HELD] == count
         assert rig.engine.counts[State.HELD] == count
