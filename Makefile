@@ -36,7 +36,7 @@ boards: $(STAMP)  ## Write grafana/dashboards/ from the Python beside it
 contract: $(STAMP)  ## Compare the simulator, or a real server (COMFYUI_URL=...), with what ComfyUI was recorded to say
 	COMFYUI_URL="$(COMFYUI_URL)" $(BIN)/python -m pytest tests/contract
 
-explore: $(STAMP)  ## Explore orders of events for longer than the tests do (about 25 minutes)
+explore: $(STAMP)  ## Explore orders of events for longer than the tests do (about 50 minutes)
 	$(BIN)/python -m tests.core.explore
 
 .PHONY: observe
