@@ -69,19 +69,15 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
     if fact.cause in {Uncollected.MISSING, Uncollected.INVALID} and row.outcome.state is State.DONE:
         return _outputs_lost(job, fact, ctx, retry)
     job = with_live(job, tries=job.live.tries + 1)
-    if on_disk:
-        job = with_live(job, unsure_s=None)
-    else:
+    job = _timed(job, ctx, away=on_disk or not ctx.answers)
+    if not on_disk:
         if row.outcome.state is not State.DONE and job.live.tries >= policy.completion_attempts:
             # It failed anyway: what it produced is a courtesy, not worth waiting for.
             warning = f"Its outputs could not be fetched: {fact.message}"
             return collect_as(
                 job, row.outcome, ctx, retry, record=_bare(row), warnings=(*row.warnings, warning)
             )
-        # An outage, and what a server that is there keeps, are waited for each on its own.
-        began = job.live.unsure_s is None or (job.live.away and ctx.answers)
-        since_s = ctx.now_s if began else job.live.unsure_s
-        job = with_live(job, unsure_s=since_s, away=not ctx.answers)
+        job = with_live(job, unsure_s=ctx.now_s if job.live.unsure_s is None else job.live.unsure_s)
         if row.outcome.state is State.DONE and is_abandoned(job, ctx):
             if ctx.answers:  # but not with what it made: that is no outage
                 return _outputs_lost(job, fact, ctx, retry)
@@ -89,6 +85,16 @@ def collect_failed(job: Job, fact: CollectFailed, ctx: Context) -> Step:
             return requeue(job, ctx, retry, lost)
     delay_s = exponential_s(job.live.tries, policy.retry_first_s, policy.retry_max_s, u=ctx.u)
     return Step(plan(job, Ask.COLLECT, ctx.now_s + delay_s), notes=(retry,), urgent=False)
+
+
+def _timed(job: Job, ctx: Context, *, away: bool) -> Job:
+    """What the disk or an outage takes is no part of the time that its server keeps its outputs."""
+    since_s, away_s = job.live.unsure_s, job.live.away_s
+    if away:
+        return job if away_s is not None else with_live(job, away_s=ctx.now_s)
+    if since_s is not None and away_s is not None:
+        since_s += ctx.now_s - away_s
+    return with_live(job, unsure_s=since_s, away_s=None)
 
 
 def _outputs_lost(job: Job, fact: CollectFailed, ctx: Context, retry: Note) -> Step:

@@ -170,7 +170,7 @@ class Fleet:
         delay_s = exponential_s(failures, policy.retry_first_s, most_s, u=u)
         if fact.retry_after_s is not None:
             delay_s = max(delay_s, min(fact.retry_after_s, policy.abandon_after_s))
-        closed_until_s = now_s + delay_s
+        closed_until_s = max(server.closed_until_s, now_s + delay_s)
         server = replace(server, failures=failures, closed_until_s=closed_until_s, said=fact.said)
         self.put(server)
 

@@ -61,7 +61,7 @@ class Live:
       recovered: Found in the journal at start: its signals went to a process that is gone.
       unheard: What came of its POST in a few words, if that was no usable answer.
       its_fault: That counts against the job, if its prompt is found nowhere.
-      away: Its server was not there when its outputs were asked for last.
+      away_s: Since when its outputs wait for the disk, or for its server to be there.
 
     """
 
@@ -85,7 +85,7 @@ class Live:
     recovered: bool = False
     unheard: str | None = None
     its_fault: bool = False
-    away: bool = False
+    away_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

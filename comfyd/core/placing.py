@@ -11,6 +11,7 @@ from comfyd.core.job import Assigned, Job
 from comfyd.core.lookahead import LookAhead
 from comfyd.core.model import JobId, Row, ServerName, State
 from comfyd.core.moves import is_recalled
+from comfyd.core.server import Server
 
 
 def assignments(ahead: LookAhead, fleet: Fleet, now_s: float) -> Iterator[tuple[Job, Assigned]]:
@@ -32,12 +33,24 @@ def assignments(ahead: LookAhead, fleet: Fleet, now_s: float) -> Iterator[tuple[
         if server.failures:
             ahead.put_back([job])
             waiting = ahead.by_wait(now_s)
-            job = next(job for job in waiting if fleet.place(job.row, sorted(open_)) is server)
+            job = next(j for j in waiting if _may_claim(server, j.row, fleet, open_, now_s))
+            if job.row.deaths and fleet.on_server[server.name]:
+                open_.discard(server.name)  # it is its turn, and it is sent alone
+                continue
         client_id = server.client_id if server.hearing else None
         yield job, Assigned(server.name, server.origin, client_id)
         if not fleet.has_room(server, now_s):
             open_.discard(server.name)
     ahead.put_back(passed_over)
+
+
+def _may_claim(
+    server: Server, row: Row, fleet: Fleet, open_: set[ServerName], now_s: float
+) -> bool:
+    """Whether it would be sent there now, or once nothing else of ours is there."""
+    place = fleet.place(row, sorted(open_))
+    waits = place is None and row.deaths > 0
+    return place is server or (waits and fleet.could_run(server, row, now_s))
 
 
 def recalls(

@@ -305,9 +305,10 @@ def lose(job: Job, ctx: Context) -> Step:
     if row.started_at is None and row.state is State.SUBMITTING:  # it was never known to be there
         lost = noted(job, "lost", cause=cause, charged=0)
         unheard = job.live.unheard
-        if unheard is None or died:
+        if unheard is None:
             return requeue(job, ctx, lost)
-        return letdown.turned_away(job, unheard, ctx, lost, its_fault=job.live.its_fault)
+        its_fault = job.live.its_fault and not died
+        return letdown.turned_away(job, unheard, ctx, lost, its_fault=its_fault)
     if died:
         deaths += 1
         if row.deaths or job.live.alone:

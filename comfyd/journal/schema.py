@@ -160,8 +160,13 @@ _VERSION_4: Final = (
 )
 
 _VERSION_5: Final = (
-    # Of what kind it is while it is queued: `model.Shelf`, of which 0 and 1 are what was here.
+    # Of what kind it is while it is queued: `model.Shelf`. Those let down were among the refused.
     "ALTER TABLE jobs RENAME COLUMN refused TO shelf",
+    """
+    UPDATE jobs SET shelf = 2
+    WHERE state = 'queued' AND shelf = 1
+    AND coalesce(json_array_length(CAST(data AS TEXT), '$.verdicts'), 0) = 0
+    """,
     "CREATE INDEX let_down ON jobs (not_before, seq) WHERE state = 'queued' AND shelf = 2",
 )
 

@@ -546,7 +546,7 @@ class World:
             (name, row(job.row), v.order, v.want, v.look, off(v.look_s), v.ended, v.refused,
              off(v.absent_s, 2), off(v.unsure_s, 4), v.orphan, v.recovered, min(v.tries, 3),
              off(v.since_s, 3) if job.row.state is State.STOPPING else None, v.alone, v.stalling,
-             v.unheard is None, v.its_fault, v.away,
+             v.unheard is None, v.its_fault, off(v.away_s, 4),
              None if self.scene.stall_s is None else off(v.heard_s, 5))
             for name, job in sorted(self.engine.jobs.items() if self.engine else ())
             for v in [job.live]]

@@ -216,6 +216,42 @@ def test_once_the_server_takes_something_all_go_in_their_order_again():
     assert names(rig.given)[-1] == "a"
 
 
+@pytest.mark.parametrize("wires", ["polled", "dies"])
+def test_whose_post_is_lost_goes_to_the_back_whatever_became_of_the_server(wires):
+    rig = Rig(1, connected=wires == "dies")
+    rig.tell(facts.Tick(), after_s=POLICY.listen_grace_s)
+    rig.drop(BAD, "good")
+    rig.tell(facts.SubmitUnknown(token=rig.token(BAD), reason="status", status=500))
+    if wires == "dies":
+        rig.tell(facts.Disconnected(server=A, cause="closed"))
+    for _ in range(2):
+        rig.tell(facts.Tick(), after_s=POLICY.lost_grace_s)
+        rig.tell(facts.Probed(token=rig.token(BAD), presence=Presence.ABSENT))
+    assert rig.let_down(BAD).times == 1
+    assert is_sent(rig, "good")
+
+
+def test_one_that_is_sent_alone_has_its_turn_too():
+    """Each POST that is answered with 500 holds its place for a while: none is ever empty."""
+    rig = Rig(2)
+    bad = [f"bad-{number}" for number in range(4)]
+    rig.drop(*bad)
+    rig.drop("good", deaths=1)
+    answered: set[object] = set()
+    until_s = rig.now_s + 600
+    while rig.store[JobId("good")].state is State.QUEUED:
+        assert rig.now_s < until_s
+        for name, job in list(rig.engine.jobs.items()):
+            if job.live.order is Ask.SUBMIT:
+                answered.add(name)
+                token = rig.token(name)
+                rig.tell(facts.SubmitUnknown(token=token, reason="status", status=500))
+            elif job.live.order is Ask.PROBE:
+                rig.tell(facts.Probed(token=rig.token(name), presence=Presence.ABSENT))
+        rig.tell(facts.Tick(), after_s=max(0.01, rig.engine.next_deadline_s() - rig.now_s))
+    assert len(answered) == len(bad)
+
+
 def test_one_that_is_sent_alone_keeps_no_server_from_the_others():
     rig = Rig(1)
     rig.drop(BAD, deaths=1)
@@ -383,7 +419,7 @@ def test_a_server_that_dies_of_nothing_in_particular_is_no_proof():
         rig.tell(facts.Tick(), after_s=POLICY.lost_grace_s)
         rig.tell(facts.Probed(token=rig.token("x"), presence=Presence.REFUSED))
     row = rig.store[JobId("x")]
-    assert (row.charged, rig.let_down("x").times) == (0, 1)
+    assert (row.charged, rig.let_down("x").times) == (0, 2)
     assert row.outcome is None
 
 
@@ -404,12 +440,14 @@ def test_how_long_a_server_is_left_alone(failure, most_s):
 
 
 def test_when_the_server_says_to_come_back_is_heeded_after_a_post_too():
-    rig = Rig(1)
-    rig.drop("x")
+    rig = Rig(2)
+    rig.drop("x", "y")
     fact = facts.SubmitUnknown(
         token=rig.token("x"), reason="status", status=503, said="HTTP 503", retry_after_s=77.0
     )
     rig.tell(fact)
+    assert rig.engine.servers[A].closed_until_s == rig.now_s + 77
+    rig.tell(facts.NotSent(token=rig.token("y"), reason="refused"))  # which was under way too
     assert rig.engine.servers[A].closed_until_s == rig.now_s + 77
 
 
@@ -600,6 +638,21 @@ def test_a_full_disk_is_no_part_of_the_time_that_outputs_are_kept():
     asked_again(rig, Uncollected.SERVER)
     assert rig.store[JobId("x")].state is State.COLLECTING
     assert rig.store[JobId("x")].charged == 0
+
+
+@pytest.mark.parametrize("other", [Uncollected.DISK, Uncollected.SERVER])
+def test_what_is_kept_is_not_waited_for_without_end_for_a_bad_moment_now_and_then(other):
+    rig = Rig(1)
+    rig.drop("x", max_attempts=1)
+    collecting(rig, "x")
+    began_s, tries = rig.now_s, 0
+    while rig.store[JobId("x")].charged == 0:
+        tries += 1
+        there = tries % 15 > 0
+        rig.tell(facts.Health(server=A, ok=there or other is Uncollected.DISK))
+        asked_again(rig, Uncollected.SERVER if there else other)
+        assert rig.now_s - began_s < 2 * POLICY.abandon_after_s
+    assert rig.now_s - began_s >= POLICY.abandon_after_s
 
 
 def test_nor_is_an_outage():
