@@ -314,13 +314,16 @@ class Fleet:
         theirs = server.remaining if server.hearing and ours else 0
         return max(ours, theirs) < server.room(self.policy)
 
-    def place(self, row: Row, open_: Iterable[ServerName]) -> Server | None:
+    def place(self, row: Row, open_: Iterable[ServerName], now_s: float) -> Server | None:
         """The least loaded of *open_* that may take this job."""
+        waits = self._waits_for_another(row, now_s)
         best: tuple[tuple[bool, bool, bool, float], Server] | None = None
         for name in open_:
             server = self.servers[name]
             ours = len(self.on_server[name])
             if verdicts.has_said(row, name, server.origin) or (row.deaths and ours):
+                continue
+            if waits and letdown.is_by(row, server):
                 continue
             # Where prompts wait and none was seen to run, only if there is nowhere else; nor where
             # it is likely to be let down once more.
@@ -333,6 +336,23 @@ class Fleet:
             if best is None or rank < best[0]:
                 best = rank, server
         return None if best is None else best[1]
+
+    def _waits_for_another(self, row: Row, now_s: float) -> bool:
+        """Whether one that did not let it down last is only left alone for a moment: with several
+        jobs about, the one that did is open at just the wrong times."""
+        return (
+            row.let_down is not None
+            and not row.deaths
+            and any(
+                now_s < server.closed_until_s
+                and bool(server.up)
+                and server.unfit_since_s is None
+                and not self.fences(server.name)
+                and not letdown.is_by(row, server)
+                and not verdicts.has_said(row, server.name, server.origin)
+                for server in self.servers.values()
+            )
+        )
 
     def could_run(self, server: Server, row: Row, now_s: float) -> bool:
         """Whether it may be given that job, once it has room."""

@@ -24,7 +24,7 @@ def assignments(ahead: LookAhead, fleet: Fleet, now_s: float) -> Iterator[tuple[
     open_ = {s.name for s in fleet.servers.values() if fleet.has_room(s, now_s)}
     passed_over = []
     while open_ and (job := ahead.pop(now_s)) is not None:
-        server = fleet.place(job.row, sorted(open_))
+        server = fleet.place(job.row, sorted(open_), now_s)
         if server is None:
             passed_over.append(job)
             if job.row.deaths:  # it is sent alone: let a server become empty for it
@@ -48,7 +48,7 @@ def _may_claim(
     server: Server, row: Row, fleet: Fleet, open_: set[ServerName], now_s: float
 ) -> bool:
     """Whether it would be sent there now, or once nothing else of ours is there."""
-    place = fleet.place(row, sorted(open_))
+    place = fleet.place(row, sorted(open_), now_s)
     waits = place is None and row.deaths > 0
     return place is server or (waits and fleet.could_run(server, row, now_s))
 

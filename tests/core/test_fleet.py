@@ -63,7 +63,7 @@ QUEUED = Row(job=JobId("x"), seq=1)
     ],
 )
 def test_the_least_loaded_server_is_chosen(servers, load, expected):
-    chosen = fleet(*servers, load=load).place(QUEUED, [A, B][: len(servers)])
+    chosen = fleet(*servers, load=load).place(QUEUED, [A, B][: len(servers)], 0.0)
     assert chosen is not None
     assert chosen.name == expected
 
@@ -74,16 +74,16 @@ def test_a_server_that_said_no_is_not_asked_again_unless_its_url_changed():
     )
     row = msgspec.structs.replace(QUEUED, verdicts=(verdict,))
     both = fleet(server(A), server(B))
-    assert both.place(row, [A]) is None
-    assert both.place(row, [A, B]) == both.servers[B]
-    assert fleet(server(A, origin="http://new")).place(row, [A]) is not None
+    assert both.place(row, [A], 0.0) is None
+    assert both.place(row, [A, B], 0.0) == both.servers[B]
+    assert fleet(server(A, origin="http://new")).place(row, [A], 0.0) is not None
 
 
 def test_what_must_be_sent_alone_goes_only_where_nothing_of_ours_is():
     suspect = msgspec.structs.replace(QUEUED, deaths=1)
     both = fleet(server(A), server(B), load={A: 1})
-    assert both.place(suspect, [A]) is None
-    assert both.place(suspect, [A, B]) == both.servers[B]
+    assert both.place(suspect, [A], 0.0) is None
+    assert both.place(suspect, [A, B], 0.0) == both.servers[B]
     both.index(None, sent("suspect", B, deaths=1))
     assert not both.has_room(both.servers[B], NOW_S)  # and then nothing goes there beside it
     both.index(sent("suspect", B, deaths=1), QUEUED)

@@ -13,6 +13,7 @@ from comfyd.core.model import (
     FileRef,
     JobId,
     LetDown,
+    Outcome,
     Reason,
     Record,
     Row,
@@ -20,6 +21,7 @@ from comfyd.core.model import (
     Shelf,
     Staged,
     State,
+    Verdict,
     prompt_id_of,
 )
 from comfyd.core.present import job_summary
@@ -524,6 +526,24 @@ def test_two_servers_that_take_nothing_do_not_keep_it_from_a_third():
         not_sent(rig, "x")
         assert is_sent(rig, "x")
     assert seen == [A, B, C]
+
+
+def test_a_server_that_is_left_alone_for_a_moment_is_waited_for():
+    """Else the one that never takes it is the one that is open, each time that it comes due."""
+    said = Outcome(state=State.FAILED, reason=Reason.REJECTED)
+    refused = Verdict(server=B, origin="http://b", outcome=said)
+    rig = Rig(1, 1)
+    rig.drop(BAD, verdicts=(refused,))  # which a lets down, each time
+    rig.now_s += 0.05
+    rig.drop("good")
+    for _ in range(10):
+        job = next(name for name, row in rig.store.items() if row.state is State.SUBMITTING)
+        if rig.store[job].server == A and job != BAD:
+            return
+        rig.now_s += 0.05
+        not_sent(rig, job)
+        until_sent(rig, 60)
+    raise AssertionError("a was never given it")
 
 
 def test_nor_is_it_fetched_back_from_the_third_for_them():
