@@ -30,7 +30,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """POST /prompt answered 200. *node_errors* is not empty when some outputs were dropped."""
+    """POST /prompt answered 200. *node_errors* is not empty when some outputs were dropped.
+    *uploaded*: the server took files of this job before."""
 
     token: Token
     number: float | None = None

@@ -157,10 +157,7 @@ class Fleet:
         if server is None or fact.token.attempt != row.attempt:
             return
         if isinstance(fact, Accepted):
-            self.took(row, now_s)
-            if fact.uploaded:
-                self.put(replace(self.servers[server.name], uploaded_s=now_s))
-            return None
+            return self.took(row, now_s, uploaded=fact.uploaded)
         if isinstance(fact, Rejected):
             return self.put(server.opened())
         failures = server.failures + 1
@@ -174,10 +171,11 @@ class Fleet:
         server = replace(server, failures=failures, closed_until_s=closed_until_s, said=fact.said)
         self.put(server)
 
-    def took(self, row: Row, now_s: float) -> None:
+    def took(self, row: Row, now_s: float, *, uploaded: bool = False) -> None:
         """It has a prompt that was sent to it, whether it said so or was found to have it."""
         if (server := self.of(row)) is not None:
-            self.put(replace(server.opened(), accepted_s=now_s))
+            uploaded_s = now_s if uploaded else server.uploaded_s
+            self.put(replace(server.opened(), accepted_s=now_s, uploaded_s=uploaded_s))
 
     def succeeded(self, row: Row) -> None:
         """A prompt succeeded: how long it took, and that its server is well."""
@@ -247,12 +245,12 @@ class Fleet:
 
     def is_usable(self, server: Server, now_s: float) -> bool:
         """Whether something may be sent there now, as far as the server is concerned."""
-        return (
-            bool(server.up)
-            and server.unfit_since_s is None
-            and now_s >= server.opens_s
-            and not self.fences(server.name)
-        )
+        return self._is_fit(server) and now_s >= server.opens_s
+
+    def _is_fit(self, server: Server) -> bool:
+        """The same, but that it may be left alone for a while."""
+        fenced = self.fences(server.name) > 0
+        return bool(server.up) and server.unfit_since_s is None and not fenced
 
     def is_wanted(self, row: Row, now_s: float) -> bool:
         """Whether nobody has said no to this job, or any server that works now has not."""
@@ -267,7 +265,7 @@ class Fleet:
         """Whether its server has accepted another job since some server let this one down.
 
         Args:
-          upload: One with files, which is a job of its own kind for a full or read-only disk.
+          upload: One with files: without them, a full disk there stops no job.
 
         """
         server = self.of(row)
@@ -340,18 +338,15 @@ class Fleet:
     def _waits_for_another(self, row: Row, now_s: float) -> bool:
         """Whether one that did not let it down last is only left alone for a moment: with several
         jobs about, the one that did is open at just the wrong times."""
-        return (
-            row.let_down is not None
-            and not row.deaths
-            and any(
-                now_s < server.closed_until_s
-                and bool(server.up)
-                and server.unfit_since_s is None
-                and not self.fences(server.name)
-                and not letdown.is_by(row, server)
-                and not verdicts.has_said(row, server.name, server.origin)
-                for server in self.servers.values()
-            )
+        if row.let_down is None or row.deaths:
+            return False
+        soon_s = now_s + self.policy.retry_max_s  # a Retry-After may be far longer
+        return any(
+            now_s < server.closed_until_s <= soon_s
+            and self._is_fit(server)
+            and not letdown.is_by(row, server)
+            and not verdicts.has_said(row, server.name, server.origin)
+            for server in self.servers.values()
         )
 
     def could_run(self, server: Server, row: Row, now_s: float) -> bool:

@@ -2,7 +2,7 @@
 
 That may be the server's trouble or the job's. Nobody is charged for a server's, so it counts
 against the job only where others were accepted there meanwhile. Until that is known the job waits,
-longer each time, and lets those go first that no server has let down.
+longer each time, and then for its turn behind those that could have been sent before.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """What the file is when it is not simply ours: newer, foreign, damaged, in use, only read."""
 
+import itertools
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -291,6 +293,36 @@ def test_a_state_folder_that_cannot_be_made_is_told(humble):
         prepare_state(humble / "state")
     assert str(raised.value).rpartition("; run: ")[2].startswith("install -d -m 700 -o ")
     humble.chmod(0o700)
+
+
+def test_of_the_refused_in_version_4_those_are_told_apart_that_were_only_let_down(path):
+    """Else they are looked for where they are not, again and again."""
+    away = {"server": "a", "origin": "http://a", "times": 1, "since_s": 0.0, "said": ""}
+    refusal = {"server": "a", "origin": "http://a", "outcome": {"state": "failed"}}
+    jobs = [
+        {"job": "fox.01A", "seq": 1},
+        {"job": "wolf.01B", "seq": 2, "let_down": away},
+        {"job": "bear.01C", "seq": 3, "let_down": away, "verdicts": [refusal]},
+    ]
+    path.parent.mkdir()
+    db = sqlite3.connect(path)
+    for statement in itertools.chain(*schema.MIGRATIONS[:4]):
+        db.execute(statement)
+    for job in jobs:
+        data = json.dumps(job).encode()
+        db.execute(
+            "INSERT INTO jobs (state, version, priority, not_before, claimed_at, retired, refused,"
+            " job, seq, data, crc) VALUES ('queued', 0, 0, 0.0, 0.0, 0, ?, ?, ?, ?, ?)",
+            (len(job) > 2, job["job"], job["seq"], data, zlib.crc32(data)),
+        )
+    db.execute("INSERT INTO counts VALUES ('queued', 3)")
+    db.execute("PRAGMA user_version = 4")
+    db.commit()
+    db.close()
+    store = SqliteStore.open(path)
+    found = {shelf: [row.seq for row in store.candidates(9, 0.0, shelf).rows] for shelf in Shelf}
+    assert found == {Shelf.FRESH: [1], Shelf.LET_DOWN: [2], Shelf.REFUSED: [3]}
+    store.close()
 
 
 def test_a_journal_of_version_1_becomes_one_of_today_with_its_jobs_and_fences(path):

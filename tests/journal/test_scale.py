@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 
-from comfyd.core.model import JobId, Outcome, Row, ServerName, Shelf, State, Verdict
+from comfyd.core.model import JobId, LetDown, Outcome, Row, ServerName, Shelf, State, Verdict
 from comfyd.core.retention import Kept, Place
 from comfyd.journal import schema
 from comfyd.journal.sqlite import SqliteStore
@@ -13,6 +13,7 @@ from comfyd.journal.store import Batch, Change, Event, Insert, Keep
 REFUSALS = (
     Verdict(server=ServerName("a"), origin="http://a", outcome=Outcome(state=State.FAILED)),
 )
+AWAY = LetDown(server=ServerName("a"), origin="http://a", times=1, since_s=0.0, said="")
 QUESTIONS = {
     "candidates": (schema.CANDIDATES, (Shelf.FRESH, 50.0, 100)),
     "refused candidates": (schema.CANDIDATES, (Shelf.REFUSED, 50.0, 100)),
@@ -60,6 +61,7 @@ def journal_of(path, jobs):
             queue_by=float(seq if seq < 50 else 10_000 + seq) if seq % 2 else None,
             key=f"key-{seq}" if seq % 10 == 7 else None,
             verdicts=REFUSALS if seq % 7 == 0 else (),
+            let_down=AWAY if seq % 11 == 0 else None,
             state=State.SUBMITTED if seq in (1, jobs) else State.QUEUED,
         )
         for seq in range(1, jobs + 1)
